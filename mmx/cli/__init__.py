@@ -1,0 +1,64 @@
+"""The `mmx` command: one file a sub-command, imported when it is called.
+
+Nothing here imports jax, so that `mmx --help` answers at once.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = {
+    "info": "layers, parameters and memory of a checkpoint or a preset",
+    "generate": "continue a prompt with a checkpoint",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; bad input ends in one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"mmx {version('mmx')}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}")
+    warnings.showwarning = _show_warning
+    try:
+        return importlib.import_module(f"mmx.cli.{name}").main(rest)
+    except (ValueError, NotImplementedError) as error:
+        return _fail(str(error))
+    except (PermissionError, IsADirectoryError, FileNotFoundError) as error:
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: mmx COMMAND [OPTIONS]\n\n"
+        "MiniMax-01 in JAX: exact hybrid linear-attention models.\n\n"
+        f"commands:\n{commands}\n\n"
+        "mmx COMMAND --help says more; mmx --version names the version."
+    )
+
+
+def _fail(message: str) -> int:
+    print(f"mmx: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *unused: object) -> None:
+    print(f"mmx: note: {message}", file=sys.stderr)

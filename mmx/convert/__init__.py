@@ -1,0 +1,1 @@
+"""Checkpoints of others, to and from this project's parameters."""

@@ -1,0 +1,188 @@
+"""`mmx.load`: a Hugging Face folder -> (config, parameters)."""
+
+import os
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.config import ModelConfig
+from mmx.convert import mapping
+from mmx.convert.checkpoint import SUPPORTED_DTYPES, SafetensorsFolder, read_json
+from mmx.model import Params, param_specs
+from mmx.nn.layers import ParamSpec
+
+_ALIGNMENT = 64  # bytes; XLA takes a host buffer over without a copy when it is aligned
+_NUMPY_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+
+
+def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+      ValueError: no folder, no config.json, or one that `ModelConfig.from_hf` refuses.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a checkpoint is a folder with a config.json")
+    file = folder / "config.json"
+    fields = read_json(file)
+    try:
+        return ModelConfig.from_hf(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+
+
+def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[ModelConfig, Params]:
+    """Load a checkpoint folder in the released or the transformers layout.
+
+    One file or many with an index, separate or fused experts, with or without stored decay tables;
+    of a MiniMax-VL-01 folder the text model, with a warning. Everything is checked against the
+    headers before any data is read; then memory holds one tensor beyond the result.
+
+    Args:
+      path: the folder; nothing outside it is read and nothing in it is run.
+      dtype: of the parameters; None keeps what is stored. Router weights become fp32 always.
+
+    Returns:
+      The config, and the parameters as one nested dict of arrays.
+
+    Raises:
+      ValueError: a missing or truncated shard, a missing or unexpected tensor, a wrong shape or
+        dtype, a config that is not supported. The message names file, key and remedy.
+    """
+    folder = Path(path)
+    config = load_config(folder)
+    wanted = None if dtype is None else _float_dtype(dtype)
+    with SafetensorsFolder(folder) as checkpoint:
+        entries = _plan(checkpoint, config, folder)
+        by_path = defaultdict(list)
+        for entry in entries:
+            by_path[entry.path].append(entry)
+        leaves = {}
+        specs = param_specs(config)
+        for path_, group in by_path.items():
+            spec = mapping.find(specs, path_)
+            leaves[path_] = _read_leaf(checkpoint, group, spec, wanted)
+    return config, _nest(leaves)
+
+
+def _float_dtype(dtype: Any) -> np.dtype:
+    resolved = jnp.dtype(dtype)
+    if resolved not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"dtype is {resolved}; it must be float32 or bfloat16")
+    return resolved
+
+
+def _plan(
+    checkpoint: SafetensorsFolder, config: ModelConfig, folder: Path
+) -> list["mapping.Entry"]:
+    """Match the tensors there are with the tensors the config needs; raise on any difference."""
+    names = _text_names(checkpoint, folder)
+    fused = any(name.endswith("mlp.experts.gate_up_proj") for name in names)
+    entries = [
+        mapping.with_key(entry, names.get(entry.key, entry.key))
+        for entry in mapping.entries(config, "fused" if fused else "separate")
+    ]
+    needed = {entry.key for entry in entries}
+    missing = sorted(needed - set(checkpoint.tensors))
+    if missing:
+        raise ValueError(f"{folder}: {_some(missing)} missing; the config needs it")
+    extra = sorted(set(names.values()) - needed)
+    extra = [key for key in extra if not _redundant(checkpoint, key, config)]
+    if extra:
+        raise ValueError(
+            f"{checkpoint.tensors[extra[0]].file}: {_some(extra)} unexpected; "
+            "the config has no place for it"
+        )
+    for entry in entries:
+        info = checkpoint.tensors[entry.key]
+        if info.shape != entry.key_shape:
+            raise ValueError(
+                f"{info.file}: {entry.key} has shape {info.shape}; the config wants "
+                f"{entry.key_shape}"
+            )
+        if info.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(
+                f"{info.file}: {entry.key} has dtype {info.dtype}; supported are "
+                f"{', '.join(SUPPORTED_DTYPES)}: dequantize the checkpoint first"
+            )
+    return entries
+
+
+def _text_names(checkpoint: SafetensorsFolder, folder: Path) -> dict[str, str]:
+    """Names of the text model's tensors without VL-01's prefix -> names in the checkpoint."""
+    prefix = mapping.VL_TEXT_PREFIX
+    if not any(key.startswith(prefix) for key in checkpoint.tensors):
+        return {key: key for key in checkpoint.tensors}
+    vision = [key for key in checkpoint.tensors if mapping.VL_VISION.match(key)]
+    if vision:
+        warnings.warn(
+            f"{folder}: {len(vision)} tensors of the vision model are not loaded", stacklevel=4
+        )
+    rest = set(checkpoint.tensors) - set(vision)
+    return {key.removeprefix(prefix): key for key in rest}
+
+
+def _redundant(checkpoint: SafetensorsFolder, key: str, config: ModelConfig) -> bool:
+    """Whether a tensor says again what is known: a decay table, or the head of a tied model."""
+    if mapping.BUFFERS.fullmatch(key.removeprefix(mapping.VL_TEXT_PREFIX)):
+        return True
+    if not config.tie_embeddings or not key.endswith("lm_head.weight"):
+        return False
+    embedding = key.replace("lm_head.weight", "model.embed_tokens.weight")
+    if embedding not in checkpoint.tensors:
+        return False
+    if not np.array_equal(checkpoint.read(key), checkpoint.read(embedding)):
+        raise ValueError(
+            f"{checkpoint.tensors[key].file}: {key} differs from {embedding}, but the config says "
+            "tie_word_embeddings; set it to false"
+        )
+    return True
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{keys[0]}{more} {'are' if more else 'is'}"
+
+
+def _read_leaf(
+    checkpoint: SafetensorsFolder,
+    group: list["mapping.Entry"],
+    spec: ParamSpec,
+    wanted: np.dtype | None,
+) -> jax.Array:
+    stored = np.result_type(*{_NUMPY_DTYPES[checkpoint.tensors[e.key].dtype] for e in group})
+    dtype = np.dtype(np.float32) if spec.fp32 else wanted or stored
+    buffer = _aligned(spec.shape, dtype)
+    for entry in group:
+        part = entry.to_param(checkpoint.read(entry.key, entry.key_slice))
+        buffer[entry.index] = part.astype(dtype, copy=False)
+    return jnp.asarray(buffer)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _nest(leaves: dict[str, jax.Array]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,1 @@
+"""Running a model: cache, compiled programs, sampling."""

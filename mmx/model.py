@@ -1,0 +1,310 @@
+"""MiniMax-01: embed, scan over the superblocks, norm, head.
+
+A superblock is the smallest run of layers that repeats (seven lightning and one softmax in
+MiniMax-Text-01). Its parameters are stacked along a leading 'layers' axis and scanned, so the
+program is as long as one superblock whatever the depth. Decay slopes depend on the absolute layer
+and are scanned beside the parameters.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmx import config as configuration
+from mmx.config import ModelConfig
+from mmx.inference.cache import Cache
+from mmx.nn import layers
+from mmx.nn.block import Execution, Memory, Superblock
+from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
+from mmx.nn.moe import RouterStats
+from mmx.nn.sequence import describe
+
+Params = dict[str, Any]
+Remat = Literal["none", "superblock", "layer"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What a forward pass returns.
+
+    Attributes:
+      logits: fp32.
+      cache: the cache after these tokens; None without one.
+      hidden: with `return_hidden`, the embeddings, the output of every layer but the last, and the
+        output of the final norm, L + 1 in all.
+      aux: router statistics of every layer.
+    """
+
+    logits: Float[Array, "B T vocab"]
+    cache: Cache | None
+    hidden: Float[Array, "layers B T D"] | None
+    aux: RouterStats
+
+
+class _Modules(nnx.Module):
+    """The parts of the model; `blocks` describes one superblock, parameters hold a stack of them."""
+
+    def __init__(self, config: ModelConfig):
+        self.embed = Embedding(config.vocab_size, config.embed_dim)
+        self.blocks = Superblock(config)
+        self.final_norm = RMSNorm(config.embed_dim, "embed", epsilon=config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.head = Head(config.embed_dim, config.vocab_size)
+
+
+@functools.lru_cache(maxsize=32)
+def _modules(config: ModelConfig) -> _Modules:
+    return _Modules(config)
+
+
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """Every parameter as a nested dict of ParamSpec: the one description all others derive from."""
+    specs = layers.specs(_modules(config))
+
+    def stack(spec: ParamSpec) -> ParamSpec:
+        shape = (config.num_superblocks, *spec.shape)
+        return ParamSpec(shape, ("layers", *spec.axes), spec.std, spec.fp32)
+
+    specs["blocks"] = jax.tree.map(stack, specs["blocks"])
+    return specs
+
+
+def abstract_params(config: ModelConfig, *, dtype: jnp.dtype | None = None) -> Params:
+    """Shapes and dtypes of the parameters; allocates nothing, whatever the size of the model."""
+    wanted = jnp.dtype(dtype or jnp.float32)
+    return jax.tree.map(lambda spec: spec.abstract(wanted), param_specs(config))
+
+
+def init_params(config: ModelConfig, key: jax.Array, *, dtype: jnp.dtype | None = None) -> Params:
+    """Random parameters: Xavier normal matrices (paper, section 4.2), norm scales of one.
+
+    Args:
+      key: a `jax.random.key`; a leaf's values depend on it and on the leaf's name alone.
+      dtype: fp32 when None. Router weights are fp32 always.
+    """
+    wanted = jnp.dtype(dtype or jnp.float32)
+
+    def leaf(path, spec: ParamSpec):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        abstract = spec.abstract(wanted)
+        return _init_leaf(leaf_key, abstract.shape, abstract.dtype, spec.std)
+
+    return jax.tree_util.tree_map_with_path(leaf, param_specs(config))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _init_leaf(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
+    # Leaf by leaf: one jitted init of the whole tree compiles for minutes.
+    if not std:
+        return jnp.ones(shape, dtype)
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def count_params(config: ModelConfig) -> tuple[int, int]:
+    """Parameters in total, and those a token activates.
+
+    Active counts the experts a token uses and leaves out embedding and head, as the paper does.
+    """
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(np.prod(spec.shape))
+        for path, spec in jax.tree_util.tree_leaves_with_path(param_specs(config))
+    }
+    total = active = 0
+    for name, size in sizes.items():
+        total += size
+        if name.startswith(("embed/", "head/")):
+            continue
+        per_expert = name.endswith(("moe/gate_proj", "moe/up_proj", "moe/down_proj"))
+        share = config.num_experts_per_tok if per_expert else config.num_experts
+        active += size * share // config.num_experts
+    return total, active
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    mask: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    return_hidden: bool = False,
+    remat: Remat = "none",
+    implementation: str | None = None,
+) -> ForwardOutput:
+    """Logits of the next token at every position. Jit it with `config` static, or call it as it is.
+
+    Padding changes nothing: a row gives the logits of the row without it, wherever the padding is.
+    Logits at padding have no meaning.
+
+    Args:
+      params: from `mmx.load` or `mmx.init_params`; activations have the dtype of the embedding.
+      tokens: ids below `config.vocab_size`. An id out of range raises, or gives NaN under jit.
+      mask: 1 (or True) for a token, 0 for padding, left, right or in between; of these tokens only.
+      segment_ids: ids of packed samples, each one contiguous run of the row; 0 is padding. Samples
+        never see each other. With a cache, an id equal to the cache's last one continues it.
+      cache: from `mmx.init_cache` or an earlier pass; the tokens follow those it has seen. Writing
+        past its slots raises, or gives NaN under jit.
+      return_hidden: also return hidden states and router logits.
+      remat: what the backward pass recomputes: nothing, each superblock, or each layer.
+      implementation: of the kernels ('xla', 'reference'); None is the best on this platform.
+
+    Raises:
+      ValueError: tokens, mask or segment ids of the wrong shape, dtype or range; a full cache.
+    """
+    check_tokens(tokens, config, mask=mask, segment_ids=segment_ids)
+    if cache is not None:
+        _check_cache(cache, tokens.shape, config)
+    return _forward(
+        params, tokens, config, mask, segment_ids, cache, return_hidden, remat, implementation
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "return_hidden", "remat", "implementation"))
+def _forward(
+    params, tokens, config, mask, segment_ids, cache, return_hidden, remat, implementation
+) -> ForwardOutput:
+    x, cache, hidden, aux = backbone(
+        params,
+        tokens,
+        config,
+        mask=mask,
+        segment_ids=segment_ids,
+        cache=cache,
+        return_hidden=return_hidden,
+        remat=remat,
+        implementation=implementation,
+    )
+    return ForwardOutput(unembed(params, x, config), cache, hidden, aux)
+
+
+def unembed(
+    params: Params, x: Float[Array, "B T D"], config: ModelConfig
+) -> Float[Array, "B T vocab"]:
+    """fp32 logits of activations that have been through the final norm."""
+    modules = _modules(config)
+    with jax.named_scope("head"):
+        if config.tie_embeddings:
+            return layers.bind(modules.embed, params["embed"]).attend(x)
+        return layers.bind(modules.head, params["head"])(x)
+
+
+def backbone(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    mask: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    return_hidden: bool = False,
+    remat: Remat = "none",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "layers B T D"] | None, RouterStats]:
+    """Everything but the head: see `forward`. Returns activations after the final norm."""
+    if remat not in ("none", "superblock", "layer"):
+        raise ValueError(f"remat is {remat!r}; it must be 'none', 'superblock' or 'layer'")
+    modules = _modules(config)
+    execution = Execution(return_hidden, remat == "layer", implementation)
+    batch, length = tokens.shape
+    sequence, advanced = describe((batch, length), mask, segment_ids, cache)
+    memory = None
+    if cache is not None and advanced is not None:
+        memory = Memory(
+            cache.lightning_states,
+            cache.keys,
+            cache.values,
+            advanced.slot_segments,
+            cache.num_slots,
+        )
+    with jax.named_scope("embed"):
+        embedded = layers.bind(modules.embed, params["embed"])(tokens)
+
+    def superblock(carry, scanned):
+        x, memory = carry
+        block_params, slopes, index = scanned
+        block = layers.bind(modules.blocks, block_params)
+        x, memory, stats, hidden = block(x, sequence, slopes, memory, index, execution)
+        return (x, memory), (stats, hidden)
+
+    if remat == "superblock":
+        superblock = jax.checkpoint(superblock, prevent_cse=False)
+    repeats = config.num_superblocks
+    slopes = jnp.asarray(configuration.decay_slopes(config)).reshape(repeats, -1, config.num_heads)
+    scanned = (params["blocks"], slopes, jnp.arange(repeats, dtype=jnp.int32))
+    (x, memory), outputs = jax.lax.scan(superblock, (embedded, memory), scanned)
+    # [superblocks, layers in one, ...] -> [layers, ...]
+    stats, inner = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+
+    x = layers.bind(modules.final_norm, params["final_norm"])(x)
+    if memory is not None and advanced is not None and cache is not None:
+        # Under jit nothing can be raised; slots past the end must not become a plausible result.
+        x = jnp.where(advanced.num_slots > cache.max_slots, jnp.nan, x)
+        advanced = Cache(
+            **{
+                **vars(advanced),
+                "lightning_states": memory.lightning_states,
+                "keys": memory.keys,
+                "values": memory.values,
+            }
+        )
+    hidden = jnp.concatenate([embedded[None], inner[:-1], x[None]]) if return_hidden else None
+    return x, advanced, hidden, cast(RouterStats, stats)
+
+
+def check_tokens(
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    mask: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> None:
+    """Raise ValueError for tokens, a mask or segment ids that the model cannot take.
+
+    Values are only looked at when they are concrete; under jit shapes and dtypes are checked.
+    """
+    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; "
+            "they must be integers [batch, length], neither of them 0"
+        )
+    if tokens.shape[1] > config.max_seq_len:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens are more than max_seq_len={config.max_seq_len}; "
+            "shorten the sequence or raise max_seq_len in the config"
+        )
+    for name, array in (("mask", mask), ("segment_ids", segment_ids)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"{name} has shape {array.shape}; tokens have {tokens.shape}")
+    if not isinstance(tokens, jax.core.Tracer):
+        least, most = int(np.min(tokens)), int(np.max(tokens))
+        if least < 0 or most >= config.vocab_size:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"tokens contain the id {wrong}; ids must be in [0, vocab_size={config.vocab_size})"
+            )
+
+
+def _check_cache(cache: Cache, shape: tuple[int, int], config: ModelConfig) -> None:
+    batch = cache.slot_segments.shape[0]
+    if batch != shape[0]:
+        raise ValueError(f"the cache holds {batch} rows, tokens have {shape[0]}")
+    used = cache.num_slots
+    if not isinstance(used, jax.core.Tracer) and int(used) + shape[1] > cache.max_slots:
+        raise ValueError(
+            f"the cache has {cache.max_slots} slots, {int(used)} of them used; {shape[1]} more "
+            "tokens do not fit: make it larger with init_cache"
+        )
+    if not isinstance(used, jax.core.Tracer) and int(used) + shape[1] > config.max_seq_len:
+        raise ValueError(
+            f"{int(used) + shape[1]} tokens are more than max_seq_len={config.max_seq_len}"
+        )

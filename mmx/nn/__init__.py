@@ -1,0 +1,1 @@
+"""Layers: flax.nnx modules that only declare parameters, and the functions they call."""

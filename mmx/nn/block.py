@@ -1,0 +1,169 @@
+"""One layer, and the superblock: the smallest run of layers that repeats."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mmx.config import LayerKind, ModelConfig
+from mmx.nn.attention import KeyValueSlots, SoftmaxAttention
+from mmx.nn.layers import RMSNorm
+from mmx.nn.lightning import LightningAttention
+from mmx.nn.moe import MoE, RouterStats
+from mmx.nn.sequence import Sequence
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """The arrays of a cache that layers write, carried through the scan so XLA can reuse them."""
+
+    lightning_states: Float[Array, "Ll B H K V"]
+    keys: Float[Array, "Ls B S G K"]
+    values: Float[Array, "Ls B S G K"]
+    slot_segments: Int[Array, "B S"]
+    first_slot: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to run layers, none of which changes their result: static options.
+
+    Attributes:
+      keep_hidden: also return each layer's output and router logits.
+      remat_layers: recompute each layer in the backward pass.
+      implementation: of the kernels; None lets the platform choose.
+    """
+
+    keep_hidden: bool = False
+    remat_layers: bool = False
+    implementation: str | None = None
+
+
+class Layer(nnx.Module):
+    """Attention and experts, each behind a norm and a weighted residual.
+
+        a = norm(x);  y = alpha r + beta attention(a);  b = norm(y);  out = alpha r' + beta moe(b)
+
+    The residual r, r' is the normalised a, b (post_norm, as released) or x, y themselves.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind):
+        self.kind: LayerKind = kind
+        self.post_norm = config.post_norm
+        if kind == "lightning":
+            self.alpha, self.beta = config.lightning_alpha, config.lightning_beta
+            self.attention = LightningAttention(config)
+        else:
+            self.alpha, self.beta = config.softmax_alpha, config.softmax_beta
+            self.attention = SoftmaxAttention(config)
+        self.mlp_alpha, self.mlp_beta = config.mlp_alpha, config.mlp_beta
+        self.attention_norm = RMSNorm(config.embed_dim, "embed", epsilon=config.norm_epsilon)
+        self.mlp_norm = RMSNorm(config.embed_dim, "embed", epsilon=config.norm_epsilon)
+        self.moe = MoE(config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sequence: Sequence,
+        decay_slopes: Float[Array, "H"],
+        memory: Any,
+        execution: Execution,
+    ) -> tuple[Float[Array, "B T D"], Any, RouterStats]:
+        """Return the output, the layer's memory after it (state or slots), and router statistics."""
+        normed = self.attention_norm(x)
+        with jax.named_scope(f"{self.kind}_attention"):
+            if isinstance(self.attention, LightningAttention):
+                branch, memory = self.attention(
+                    normed, sequence, decay_slopes, memory, implementation=execution.implementation
+                )
+            else:
+                branch, memory = self.attention(
+                    normed, sequence, memory, implementation=execution.implementation
+                )
+        x = _add(self.alpha, normed if self.post_norm else x, self.beta, branch)
+        normed = self.mlp_norm(x)
+        with jax.named_scope("moe"):
+            branch, stats = self.moe(
+                normed,
+                sequence.real,
+                keep_logits=execution.keep_hidden,
+                implementation=execution.implementation,
+            )
+        return (
+            _add(self.mlp_alpha, normed if self.post_norm else x, self.mlp_beta, branch),
+            (memory),
+            stats,
+        )
+
+
+def _add(alpha: float, residual: jax.Array, beta: float, branch: jax.Array) -> jax.Array:
+    total = alpha * residual.astype(jnp.float32) + beta * branch.astype(jnp.float32)
+    return total.astype(residual.dtype)
+
+
+class Superblock(nnx.Module):
+    """The layers of one repetition, in order."""
+
+    def __init__(self, config: ModelConfig):
+        self.kinds = config.superblock
+        for i, kind in enumerate(self.kinds):
+            setattr(self, f"layer_{i}", Layer(config, kind))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sequence: Sequence,
+        decay_slopes: Float[Array, "layers H"],
+        memory: Memory | None,
+        index: Int[Array, ""],
+        execution: Execution,
+    ) -> tuple[
+        Float[Array, "B T D"],
+        Memory | None,
+        RouterStats,
+        Float[Array, "layers B T D"] | None,
+    ]:
+        """Run superblock number `index` of the stack; see `Layer`."""
+        stats, hidden = [], []
+        seen = {"lightning": 0, "softmax": 0}
+        for i, kind in enumerate(self.kinds):
+            layer = getattr(self, f"layer_{i}")
+            place = index * self.kinds.count(kind) + seen[kind]
+            seen[kind] += 1
+
+            def run(x, layer_memory, layer=layer, i=i):
+                return layer(x, sequence, decay_slopes[i], layer_memory, execution)
+
+            if execution.remat_layers:
+                run = jax.checkpoint(run, prevent_cse=False)
+            with jax.named_scope(f"layer_{i}"):
+                x, layer_memory, layer_stats = run(x, _read(memory, kind, place))
+            memory = _write(memory, kind, place, layer_memory)
+            stats.append(layer_stats)
+            hidden.append(x)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+        return x, memory, stacked, jnp.stack(hidden) if execution.keep_hidden else None
+
+
+def _read(memory: Memory | None, kind: LayerKind, place: Int[Array, ""]) -> Any:
+    if memory is None:
+        return None
+    if kind == "lightning":
+        return jax.lax.dynamic_index_in_dim(memory.lightning_states, place, keepdims=False)
+    return KeyValueSlots(memory.keys, memory.values, memory.slot_segments, place, memory.first_slot)
+
+
+def _write(memory: Memory | None, kind: LayerKind, place: Int[Array, ""], new: Any):
+    if memory is None:
+        return None
+    changed: dict[str, Any]
+    if kind == "lightning":
+        states = jax.lax.dynamic_update_index_in_dim(memory.lightning_states, new, place, 0)
+        changed = {"lightning_states": states}
+    else:
+        changed = {"keys": new.keys, "values": new.values}
+    return Memory(**{**vars(memory), **changed})

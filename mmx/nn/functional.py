@@ -1,0 +1,79 @@
+"""Parameter-free maths of the layers. fp32 inside, one cast at the end."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import dot_precision
+
+
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], *, epsilon: float
+) -> Float[Array, "... D"]:
+    """Scale * x / sqrt(mean(x^2) + epsilon), in fp32, returned in the dtype of `x`."""
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """X * sigmoid(x), in fp32, returned in the dtype of `x`."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def project(
+    subscripts: str, x: Array, kernel: Array, *, out_dtype: jnp.dtype | None = None
+) -> Array:
+    """An einsum of activations and weights: true fp32 for fp32 operands, fp32 accumulation always.
+
+    The result has the dtype of `x` unless `out_dtype` says otherwise.
+    """
+    return jnp.einsum(
+        subscripts,
+        x,
+        kernel.astype(x.dtype),
+        precision=dot_precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    ).astype(out_dtype or x.dtype)
+
+
+def rotary_embedding(
+    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], *, rotary_dim: int, theta: float
+) -> Float[Array, "B T H K"]:
+    """Rotate the first `rotary_dim` channels of each head, halves paired: (i, i + rotary_dim / 2).
+
+    Frequencies are theta^(-2i / rotary_dim). Angles are exact to fp32 at any position: the number
+    of turns is kept as a 32-bit fraction, where the usual fp32 product position * frequency would
+    be off by a quarter radian at four million tokens.
+    """
+    half = rotary_dim // 2
+    angles = _angles(positions, half, theta)[:, :, None, :]  # [B, T, 1, half]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x[..., :rotary_dim].astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], axis=-1)
+
+
+def _angles(positions: Int[Array, "B T"], half: int, theta: float) -> Float[Array, "B T half"]:
+    """Positions * theta^(-i / half) in [-pi, pi), from 64-bit fixed-point turns per token."""
+    turns = [theta ** (-i / half) / (2 * math.pi) for i in range(half)]
+    fixed = [int(t % 1.0 * 2**64) for t in turns]  # integers: exact, where float64 keeps 53 bits
+    high = jnp.asarray(np.array([f >> 32 for f in fixed], np.uint32))
+    low = jnp.asarray(np.array([f & 0xFFFFFFFF for f in fixed], np.uint32))
+    position = positions.astype(jnp.uint32)[..., None]
+    # Upper 32 bits of position * (high 2^32 + low), modulo whole turns: uint32 wraps by itself.
+    fraction = position * high + _multiply_high(position, low)
+    signed = jax.lax.bitcast_convert_type(fraction, jnp.int32)
+    return signed.astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
+
+
+def _multiply_high(a: Array, b: Array) -> Array:
+    """Upper 32 bits of the 64-bit product of two uint32 arrays."""
+    a_low, a_high = a & 0xFFFF, a >> 16
+    b_low, b_high = b & 0xFFFF, b >> 16
+    middle = a_high * b_low + ((a_low * b_low) >> 16)
+    carry = (a_low * b_high + (middle & 0xFFFF)) >> 16
+    return a_high * b_high + (middle >> 16) + carry

@@ -1,0 +1,76 @@
+"""Lightning attention as a layer: SiLU on q, k and v, decayed linear attention, norm, output gate."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mmx.config import ModelConfig
+from mmx.nn import functional
+from mmx.nn.layers import RMSNorm, declare
+from mmx.nn.sequence import Sequence
+from pallas_kernels import lightning_attention, lightning_decode_step
+
+
+class LightningAttention(nnx.Module):
+    """out((norm(attend(silu(qkv x))) * sigmoid(gate x)); paper section 2.2.
+
+    The norm spans all heads together. The gate sees the same normalised input as q, k and v.
+    There is no positional encoding but the decay.
+    """
+
+    def __init__(self, config: ModelConfig):
+        dim, heads, head_dim = config.embed_dim, config.num_heads, config.head_dim
+        inner = heads * head_dim
+        self.chunk_size = config.chunk_size
+        # Head-major, so that a split over heads keeps each head's q, k and v together.
+        self.qkv_proj = declare(
+            (dim, heads, 3, head_dim),
+            ("embed", "heads", None, "head_dim"),
+            fan_in=dim,
+            fan_out=3 * inner,
+        )
+        self.gate_proj = declare(
+            (dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim, fan_out=inner
+        )
+        self.norm = RMSNorm(inner, "heads", epsilon=config.lightning_norm_epsilon)
+        self.out_proj = declare(
+            (heads, head_dim, dim), ("heads", "head_dim", "embed"), fan_in=inner, fan_out=dim
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        sequence: Sequence,
+        decay_slopes: Float[Array, "H"],
+        state: Float[Array, "B H K V"] | None,
+        *,
+        implementation: str | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
+        """Return the layer's output and its state after the last token, in fp32."""
+        qkv = functional.silu(functional.project("btd,dhck->btchk", x, self.qkv_proj[...]))
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if state is not None:
+            assert sequence.continues is not None
+            state = jnp.where(sequence.continues[:, None, None, None], state, 0)
+        if state is not None and x.shape[1] == 1:
+            real = sequence.real[:, 0, None, None]
+            out, after = lightning_decode_step(q[:, 0], k[:, 0], v[:, 0], decay_slopes, state)
+            out = jnp.where(real, out, 0)[:, None]
+            state = jnp.where(real[..., None], after, state)
+        else:
+            out, state = lightning_attention(
+                q,
+                k,
+                v,
+                decay_slopes,
+                initial_state=state,
+                segment_ids=sequence.kernel_segment_ids,
+                chunk_size=self.chunk_size,
+                implementation=implementation,
+            )
+        heads, head_dim = out.shape[2:]
+        out = self.norm(out.reshape(*out.shape[:2], heads * head_dim)).reshape(out.shape)
+        gate = functional.project("btd,dhk->bthk", x, self.gate_proj[...], out_dtype=jnp.float32)
+        out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(x.dtype)
+        return functional.project("bthk,hkd->btd", out, self.out_proj[...]), state

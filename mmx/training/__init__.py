@@ -1,0 +1,1 @@
+"""Training: losses today; optimizer, step and loop have their room here."""

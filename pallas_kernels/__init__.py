@@ -1,0 +1,17 @@
+"""Array operations of MiniMax-01 with interchangeable implementations.
+
+Every operation has one signature and several implementations; `implementation=None` takes the
+best one for the platform. This package knows jax only: no model config, no module, no mesh.
+"""
+
+from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
+from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
+from pallas_kernels.lightning_attention.api import lightning_decode_step as lightning_decode_step
+from pallas_kernels.softmax_attention.api import softmax_attention as softmax_attention
+
+__all__ = [
+    "grouped_matmul",
+    "lightning_attention",
+    "lightning_decode_step",
+    "softmax_attention",
+]

@@ -1,0 +1,87 @@
+"""Choose an implementation of an operation, and refuse in one clear sentence.
+
+An operation lists its implementations in order of preference. `None` takes the first one that
+supports the arguments; the list always ends with one that supports everything. A name is a demand:
+it is used or refused, never replaced in silence.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    Attributes:
+      name: what the caller writes in `implementation=`.
+      call: the function; every implementation of one operation takes the same arguments.
+      unsupported: takes those arguments and returns why they cannot be served, or None.
+      automatic: whether `implementation=None` may choose it.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    unsupported: Callable[..., str | None] = lambda *args, **kwargs: None
+    automatic: bool = True
+
+
+def select(
+    operation: str,
+    implementations: Sequence[Implementation],
+    requested: str | None,
+    *args,
+    **kwargs,
+) -> Implementation:
+    """Return the implementation to run for these arguments.
+
+    Raises:
+      ValueError: `requested` is not the name of an implementation.
+      NotImplementedError: it is, but does not support the arguments; the message says why.
+    """
+    if requested is None:
+        return next(
+            i for i in implementations if i.automatic and i.unsupported(*args, **kwargs) is None
+        )
+    for candidate in implementations:
+        if candidate.name == requested:
+            reason = candidate.unsupported(*args, **kwargs)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"{operation}: implementation={requested!r} does not support {reason}; "
+                    "use implementation='xla', or None to let the platform choose"
+                )
+            return candidate
+    names = ", ".join(repr(i.name) for i in implementations)
+    raise ValueError(
+        f"{operation}: unknown implementation {requested!r}; choose None or one of {names}"
+    )
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """fp32 for inputs up to 32 bits, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """True fp32 products for fp32 operands; GPUs and TPUs round them to TF32 or bf16 otherwise."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
+
+
+def require_floating(operation: str, **arrays: jax.Array) -> None:
+    """Raise ValueError unless every array is bf16, fp32 or float64."""
+    for name, array in arrays.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+            raise ValueError(
+                f"{operation}: {name} has dtype {array.dtype}; it must be bfloat16 or float32"
+            )
+
+
+def require_shape(operation: str, name: str, array: jax.Array, wanted: tuple[int, ...]) -> None:
+    """Raise ValueError unless `array` has the shape `wanted`."""
+    if array.shape != wanted:
+        raise ValueError(f"{operation}: {name} has shape {array.shape}; it must be {wanted}")

@@ -1,0 +1,52 @@
+"""The public function of the grouped matmul: argument checks and the choice of implementation."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import reference, xla
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("xla", xla.grouped_matmul),
+    dispatch.Implementation("reference", reference.grouped_matmul, automatic=False),
+)
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"],
+    w: Float[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """Multiply consecutive groups of rows of `x` by their own matrix.
+
+        out[m] = x[m] @ w[g]    for the group g whose rows contain m
+
+    Groups lie one after the other, may be empty and may end anywhere. Rows past the last group
+    give 0 and pass no gradient. Products accumulate in fp32; the result has the dtype of `x`.
+
+    Args:
+      x: bf16 or fp32 rows, sorted by group.
+      w: one matrix a group, same dtype as `x`.
+      group_sizes: rows of each group; their sum is at most M.
+      implementation: 'xla', 'reference', or None for the best on this platform.
+
+    Raises:
+      ValueError: shapes or dtypes that disagree.
+      NotImplementedError: a named implementation that cannot take these arguments.
+    """
+    name = "grouped_matmul"
+    if x.ndim != 2 or w.ndim != 3:
+        raise ValueError(
+            f"{name}: x and w have shapes {x.shape} and {w.shape}; they must be [M, K], [G, K, N]"
+        )
+    dispatch.require_shape(name, "w", w, (w.shape[0], x.shape[1], w.shape[2]))
+    dispatch.require_shape(name, "group_sizes", group_sizes, (w.shape[0],))
+    dispatch.require_floating(name, x=x, w=w)
+    if x.dtype != w.dtype:
+        raise ValueError(f"{name}: x is {x.dtype} and w is {w.dtype}; cast one to the other")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"{name}: group_sizes has dtype {group_sizes.dtype}; it must be integer")
+    chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, w, group_sizes)
+    return chosen.call(x, w, group_sizes)

@@ -1,0 +1,23 @@
+"""The grouped matmul as its definition: every row times every matrix, then choose. G-fold work."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+
+
+def grouped_matmul(
+    x: Float[Array, "M K"], w: Float[Array, "G K N"], group_sizes: Int[Array, "G"]
+) -> Float[Array, "M N"]:
+    """Dense form of `pallas_kernels.grouped_matmul`."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])
+    member = (row < ends[:, None]) & (row >= (ends - group_sizes)[:, None])  # [G, M]
+    products = jnp.einsum(
+        "mk,gkn->gmn",
+        x,
+        w,
+        precision=dot_precision(x.dtype),
+        preferred_element_type=accumulation_dtype(x.dtype),
+    )
+    return jnp.sum(jnp.where(member[..., None], products, 0), axis=0).astype(x.dtype)

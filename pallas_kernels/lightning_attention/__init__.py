@@ -1,0 +1,1 @@
+"""Lightning attention: causal linear attention with a fixed exponential decay per head."""

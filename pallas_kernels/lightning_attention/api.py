@@ -1,0 +1,117 @@
+"""The public functions of lightning attention: argument checks and the choice of implementation."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.lightning_attention import reference, xla
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("xla", xla.lightning_attention),
+    dispatch.Implementation("reference", reference.lightning_attention, automatic=False),
+)
+DEFAULT_CHUNK_SIZE = 256
+
+
+def lightning_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay_slopes: Float[Array, "H"],
+    *,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Causal linear attention with a fixed decay per head (MiniMax-01 paper, section 2.2).
+
+        S_t = exp(-s_h) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
+
+    There is no softmax, no scaling by 1/sqrt(K), and the current token is not decayed.
+
+    A token with segment id 0 is padding: it neither reads, writes nor decays the state and its
+    output is 0, so the result is that of the row with its padding removed. Wherever the id changes
+    from one real token to the next the state restarts from zero. `initial_state` belongs to the
+    segment of the first real token, `final_state` to that of the last.
+
+    Args:
+      q, k, v: bf16 or fp32; T is any length >= 1.
+      decay_slopes: fp32 >= 0; head h forgets by exp(-decay_slopes[h]) a token. Gets no gradient.
+      initial_state: fp32; zeros when None.
+      segment_ids: ids of packed samples, each one contiguous run; None means one segment a row.
+      chunk_size: tokens handled at once by chunked implementations (256 when None). It changes the
+        speed, and the result only by rounding.
+      implementation: 'xla', 'reference', or None for the best on this platform.
+
+    Returns:
+      The output in the dtype of `v`, and the final state in fp32.
+
+    Raises:
+      ValueError: shapes that disagree, a dtype that is not floating, negative slopes.
+      NotImplementedError: a named implementation that cannot take these arguments.
+    """
+    name = "lightning_attention"
+    if q.ndim != 4 or 0 in q.shape:
+        raise ValueError(f"{name}: q has shape {q.shape}; it must be [B, T, H, K], none of them 0")
+    batch, length, heads, key_dim = q.shape
+    dispatch.require_shape(name, "k", k, q.shape)
+    dispatch.require_shape(name, "v", v, (batch, length, heads, *v.shape[3:][:1]))
+    _check_slopes(name, decay_slopes, heads)
+    dispatch.require_floating(name, q=q, k=k, v=v)
+    if initial_state is not None:
+        wanted = (batch, heads, key_dim, v.shape[3])
+        dispatch.require_shape(name, "initial_state", initial_state, wanted)
+    if segment_ids is not None:
+        dispatch.require_shape(name, "segment_ids", segment_ids, (batch, length))
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size is {chunk_size}; it must be at least 1")
+    arguments = dict(
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        chunk_size=min(length, chunk_size or DEFAULT_CHUNK_SIZE),
+    )
+    decay_slopes = jax.lax.stop_gradient(decay_slopes)
+    chosen = dispatch.select(
+        name, IMPLEMENTATIONS, implementation, q, k, v, decay_slopes, **arguments
+    )
+    return chosen.call(q, k, v, decay_slopes, **arguments)
+
+
+def lightning_decode_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    decay_slopes: Float[Array, "H"],
+    state: Float[Array, "B H K V"],
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of lightning attention: update the fp32 state, read it.
+
+    The update is written S + (expm1(-s) S + k v^T): rounding exp(-s) to fp32 first would lose the
+    decay of the slowest heads over long decodes. Donate `state` where you jit this.
+
+    Returns:
+      The output in the dtype of `v`, and the new state in fp32.
+
+    Raises:
+      ValueError: shapes that disagree, a dtype that is not floating, negative slopes.
+    """
+    name = "lightning_decode_step"
+    if q.ndim != 3:
+        raise ValueError(f"{name}: q has shape {q.shape}; it must be [B, H, K]")
+    dispatch.require_shape(name, "k", k, q.shape)
+    dispatch.require_shape(name, "v", v, (*q.shape[:2], *v.shape[2:][:1]))
+    dispatch.require_shape(name, "state", state, (*q.shape, v.shape[2]))
+    dispatch.require_floating(name, q=q, k=k, v=v, state=state)
+    _check_slopes(name, decay_slopes, q.shape[1])
+    return xla.lightning_decode_step(q, k, v, decay_slopes, state)
+
+
+def _check_slopes(name: str, decay_slopes: jax.Array, heads: int) -> None:
+    dispatch.require_shape(name, "decay_slopes", decay_slopes, (heads,))
+    if not isinstance(decay_slopes, jax.core.Tracer) and np.min(decay_slopes) < 0:
+        raise ValueError(
+            f"{name}: decay_slopes has the negative value {np.min(decay_slopes)}; "
+            "slopes are >= 0 (the state is multiplied by exp(-slope) at each token)"
+        )

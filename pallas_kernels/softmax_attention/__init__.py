@@ -1,0 +1,1 @@
+"""Causal grouped-query softmax attention, also of new queries against a cache."""

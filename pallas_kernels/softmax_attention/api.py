@@ -1,0 +1,75 @@
+"""The public function of softmax attention: argument checks and the choice of implementation."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.softmax_attention import reference, xla
+
+IMPLEMENTATIONS = (
+    dispatch.Implementation("xla", xla.softmax_attention),
+    dispatch.Implementation("reference", reference.softmax_attention, automatic=False),
+)
+
+
+def softmax_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Grouped-query attention: query head h reads key/value head h // (H / G).
+
+        out_t = sum_s softmax_s(scale q_t . k_s) v_s    over the keys s that t may see
+
+    Query t sees key s if their segment ids are equal and not 0 and, when causal, if s <= t +
+    q_offset. A query that sees nothing (padding) gives 0 and a log-sum-exp of -inf.
+    The softmax runs in fp32; keys and values are never repeated.
+
+    Args:
+      q, k, v: bf16 or fp32, H a multiple of G. S differs from T when reading a cache.
+      segment_ids: ids of the queries; 0 is padding; None means all 1.
+      kv_segment_ids: ids of the keys; None means those of the queries if S == T, else all 1.
+      q_offset: index among the keys of the first query; a traced scalar is fine.
+      scale: 1/sqrt(K) when None.
+      return_lse: also return log sum_s exp(scale q_t . k_s), fp32, natural logarithm.
+      implementation: 'xla', 'reference', or None for the best on this platform.
+
+    Raises:
+      ValueError: shapes or dtypes that disagree.
+      NotImplementedError: a named implementation that cannot take these arguments.
+    """
+    name = "softmax_attention"
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"{name}: q and k have shapes {q.shape} and {k.shape}; "
+            "they must be [B, T, H, K] and [B, S, G, K]"
+        )
+    batch, length, heads, key_dim = q.shape
+    kv_length, kv_heads = k.shape[1:3]
+    dispatch.require_shape(name, "k", k, (batch, kv_length, kv_heads, key_dim))
+    dispatch.require_shape(name, "v", v, (batch, kv_length, kv_heads, *v.shape[3:][:1]))
+    if heads % kv_heads:
+        raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
+    dispatch.require_floating(name, q=q, k=k, v=v)
+    if kv_segment_ids is None:
+        same = segment_ids is not None and kv_length == length
+        kv_segment_ids = segment_ids if same else jnp.ones((batch, kv_length), jnp.int32)
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    dispatch.require_shape(name, "segment_ids", segment_ids, (batch, length))
+    dispatch.require_shape(name, "kv_segment_ids", kv_segment_ids, (batch, kv_length))
+    arguments = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
+    arrays = (q, k, v, segment_ids, kv_segment_ids, jnp.asarray(q_offset, jnp.int32))
+    chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **arguments)
+    out, lse = chosen.call(*arrays, **arguments)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,54 @@
+"""Softmax attention as its definition: the whole T x S matrix. Right, and quick for short inputs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+
+
+def visible(
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    q_index: Int[Array, "T"],
+    kv_index: Int[Array, "S"],
+    *,
+    causal: bool,
+) -> Bool[Array, "B 1 1 T S"]:
+    """Which keys each query may see, shaped to mask scores [B, G, H/G, T, S]."""
+    mask = (segment_ids[:, :, None] == kv_segment_ids[:, None, :]) & (segment_ids != 0)[:, :, None]
+    if causal:
+        mask &= kv_index <= q_index[:, None]
+    return mask[:, None, None]
+
+
+def softmax_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    segment_ids: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    q_offset: Int[Array, ""],
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Dense form of `pallas_kernels.softmax_attention`; returns (out, log-sum-exp)."""
+    batch, length, heads, key_dim = q.shape
+    kv_heads = k.shape[2]
+    dtype = accumulation_dtype(q.dtype)
+    exact = dict(precision=dot_precision(q.dtype), preferred_element_type=dtype)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, key_dim)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, **exact) * scale
+    q_index = q_offset + jnp.arange(length)
+    mask = visible(segment_ids, kv_segment_ids, q_index, jnp.arange(k.shape[1]), causal=causal)
+    top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0)), 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    seen = total > 0
+    probabilities = (weights / jnp.where(seen, total, 1)).astype(v.dtype)
+    out = jnp.einsum("bgrts,bsgv->btgrv", probabilities, v, **exact)
+    lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)) + top, -jnp.inf)
+    lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(batch, length, heads)
+    return out.reshape(batch, length, heads, -1).astype(v.dtype), lse

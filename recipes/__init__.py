@@ -1,0 +1,1 @@
+"""Runnable recipes, each a file that reads top to bottom."""
