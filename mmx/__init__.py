@@ -36,7 +36,7 @@ _HOME = {
     "init_params": "mmx.model",
     "loss": "mmx.training.losses",
 }
-__all__ = [*_HOME]  # noqa: PLE0604 (strings, all of them)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

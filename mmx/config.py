@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 LayerKind = Literal["lightning", "softmax"]
+_LIGHTNING: tuple[LayerKind, ...] = ("lightning",)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelConfig:
       num_kv_heads: key/value heads of the softmax layers. Lightning layers do not share heads.
       rotary_dim: leading channels of each softmax head that RoPE rotates; even.
       rope_theta: RoPE base.
-      num_experts, num_experts_per_tok, expert_dim: experts, experts a token, and their hidden width.
+      num_experts, num_experts_per_tok, expert_dim: experts, experts a token, their hidden width.
       shared_expert_dim: hidden width of the expert every token uses; 0 for none (as released).
       norm_epsilon: of the model-width RMSNorms.
       lightning_norm_epsilon: of the RMSNorm inside lightning attention.
@@ -197,7 +198,7 @@ def _released(superblocks: int) -> ModelConfig:
     return ModelConfig(
         vocab_size=200_064,
         embed_dim=6144,
-        layer_kinds=(*("lightning",) * 7, "softmax") * superblocks,
+        layer_kinds=(*_LIGHTNING * 7, "softmax") * superblocks,
         num_heads=64,
         num_kv_heads=8,
         head_dim=128,
@@ -232,7 +233,7 @@ def _tiny() -> ModelConfig:
     return ModelConfig(
         vocab_size=512,
         embed_dim=64,
-        layer_kinds=("lightning", "lightning", "lightning", "softmax") * 2,
+        layer_kinds=(*_LIGHTNING * 3, "softmax") * 2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,

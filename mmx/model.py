@@ -25,8 +25,10 @@ from mmx.nn.block import Execution, Memory, Superblock
 from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
 from mmx.nn.moe import RouterStats
 from mmx.nn.sequence import describe
+from pallas_kernels.dispatch import is_concrete
 
 Params = dict[str, Any]
+Tokens = Int[Array | np.ndarray, "B T"]
 Remat = Literal["none", "superblock", "layer"]
 
 
@@ -50,7 +52,7 @@ class ForwardOutput:
 
 
 class _Modules(nnx.Module):
-    """The parts of the model; `blocks` describes one superblock, parameters hold a stack of them."""
+    """The parts of the model; `blocks` is one superblock, of which parameters hold a stack."""
 
     def __init__(self, config: ModelConfig):
         self.embed = Embedding(config.vocab_size, config.embed_dim)
@@ -131,11 +133,11 @@ def count_params(config: ModelConfig) -> tuple[int, int]:
 
 def forward(
     params: Params,
-    tokens: Int[Array, "B T"],
+    tokens: Tokens,
     config: ModelConfig,
     *,
-    mask: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Tokens | None = None,
+    segment_ids: Tokens | None = None,
     cache: Cache | None = None,
     return_hidden: bool = False,
     remat: Remat = "none",
@@ -262,11 +264,11 @@ def backbone(
 
 
 def check_tokens(
-    tokens: Int[Array, "B T"],
+    tokens: Tokens,
     config: ModelConfig,
     *,
-    mask: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Tokens | None = None,
+    segment_ids: Tokens | None = None,
 ) -> None:
     """Raise ValueError for tokens, a mask or segment ids that the model cannot take.
 
@@ -285,7 +287,7 @@ def check_tokens(
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
         if array is not None and array.shape != tokens.shape:
             raise ValueError(f"{name} has shape {array.shape}; tokens have {tokens.shape}")
-    if not isinstance(tokens, jax.core.Tracer):
+    if is_concrete(tokens):
         least, most = int(np.min(tokens)), int(np.max(tokens))
         if least < 0 or most >= config.vocab_size:
             wrong = least if least < 0 else most
@@ -294,17 +296,17 @@ def check_tokens(
             )
 
 
-def _check_cache(cache: Cache, shape: tuple[int, int], config: ModelConfig) -> None:
+def _check_cache(cache: Cache, shape: tuple[int, ...], config: ModelConfig) -> None:
     batch = cache.slot_segments.shape[0]
     if batch != shape[0]:
         raise ValueError(f"the cache holds {batch} rows, tokens have {shape[0]}")
     used = cache.num_slots
-    if not isinstance(used, jax.core.Tracer) and int(used) + shape[1] > cache.max_slots:
+    if is_concrete(used) and int(used) + shape[1] > cache.max_slots:
         raise ValueError(
             f"the cache has {cache.max_slots} slots, {int(used)} of them used; {shape[1]} more "
             "tokens do not fit: make it larger with init_cache"
         )
-    if not isinstance(used, jax.core.Tracer) and int(used) + shape[1] > config.max_seq_len:
+    if is_concrete(used) and int(used) + shape[1] > config.max_seq_len:
         raise ValueError(
             f"{int(used) + shape[1]} tokens are more than max_seq_len={config.max_seq_len}"
         )

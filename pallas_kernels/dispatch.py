@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,29 @@ def select(
     )
 
 
+def is_concrete(array: jax.Array | np.ndarray) -> bool:
+    """Whether the values can be looked at; under jit they cannot."""
+    return not isinstance(array, Tracer)
+
+
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """fp32 for inputs up to 32 bits, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """True fp32 products for fp32 operands; GPUs and TPUs round them to TF32 or bf16 otherwise."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype).itemsize >= 4 else None
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum of two arrays of one dtype that accumulates, and returns, at least fp32.
+
+    fp32 operands get true fp32 products: left to themselves GPUs round them to TF32, TPUs to bf16.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else None
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        precision=precision,
+        preferred_element_type=accumulation_dtype(x.dtype),
+    )
 
 
 def require_floating(operation: str, **arrays: jax.Array) -> None:
@@ -79,6 +96,14 @@ def require_floating(operation: str, **arrays: jax.Array) -> None:
             raise ValueError(
                 f"{operation}: {name} has dtype {array.dtype}; it must be bfloat16 or float32"
             )
+
+
+def require_one_dtype(operation: str, **arrays: jax.Array) -> None:
+    """Raise ValueError unless the arrays are floating and of one dtype."""
+    require_floating(operation, **arrays)
+    if len({array.dtype for array in arrays.values()}) > 1:
+        seen = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
+        raise ValueError(f"{operation}: dtypes disagree ({seen}); cast them to one")
 
 
 def require_shape(operation: str, name: str, array: jax.Array, wanted: tuple[int, ...]) -> None:

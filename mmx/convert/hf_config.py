@@ -4,9 +4,9 @@
 - transformers: `minimax`, the class inside the transformers library;
 - VL-01: `minimax_vl_01`, whose `text_config` is the released schema.
 
-The two families differ in three defaults (RoPE width, slopes, an epsilon); each is read into a field
-of its own, so nothing later asks where a model came from. Where a schema cannot say a value, `to_hf`
-adds our own key for it and `from_hf` obeys it.
+The two families differ in three defaults (RoPE width, slopes, an epsilon); each is read into a
+field of its own, so nothing later asks where a model came from. Where a schema cannot say a value,
+`to_hf` adds our own key for it and `from_hf` obeys it.
 """
 
 import warnings
@@ -70,7 +70,25 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 # Bookkeeping that says nothing about the numbers.
 _IGNORED = frozenset(
-    ["model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "output_router_logits", "initializer_range", "pad_token_id", "_name_or_path", "output_attentions", "output_hidden_states", "return_dict", "num_key_value_heads", "head_dim", "num_hidden_layers"]
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "head_dim",
+        "initializer_range",
+        "model_type",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 
 
@@ -91,15 +109,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json: unknown model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}"
         )
-    for key in _REQUIRED:
-        if not isinstance(fields.get(key), int):
-            seen = f"is {fields[key]!r}" if key in fields else "is missing"
-            raise ValueError(f"config.json: {key} {seen}; it must be an integer")
-    for key, values in _ONLY.items():
-        if key in fields and fields[key] not in values:
-            raise ValueError(
-                f"config.json: {key} is {fields[key]!r}; only {values[0]!r} is supported"
-            )
+    _check_values(fields)
     ours: dict[str, Any] = {}
     used = set(_IGNORED) | set(_ONLY)
     for key, name in _SHARED.items():
@@ -123,6 +133,18 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     if unknown:
         warnings.warn(f"config.json: unknown keys are not used: {', '.join(unknown)}", stacklevel=3)
     return ModelConfig(**ours)
+
+
+def _check_values(fields: Mapping[str, Any]) -> None:
+    for key in _REQUIRED:
+        if not isinstance(fields.get(key), int):
+            seen = f"is {fields[key]!r}" if key in fields else "is missing"
+            raise ValueError(f"config.json: {key} {seen}; it must be an integer")
+    for key, values in _ONLY.items():
+        if key in fields and fields[key] not in values:
+            raise ValueError(
+                f"config.json: {key} is {fields[key]!r}; only {values[0]!r} is supported"
+            )
 
 
 def _read_released(fields: Mapping[str, Any], ours: dict[str, Any], used: set[str]) -> None:

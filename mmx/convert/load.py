@@ -72,6 +72,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[Mod
         specs = param_specs(config)
         for path_, group in by_path.items():
             spec = mapping.find(specs, path_)
+            assert spec is not None
             leaves[path_] = _read_leaf(checkpoint, group, spec, wanted)
     return config, _nest(leaves)
 

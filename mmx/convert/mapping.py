@@ -8,9 +8,9 @@ and channels have axes of their own. `entries` expands the rows over layers and 
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -149,14 +149,13 @@ def with_key(entry: Entry, key: str) -> Entry:
     return dataclasses.replace(entry, key=key)
 
 
-def find(specs: dict, path: str) -> ParamSpec | None:
+def find(specs: Mapping[str, Any], path: str) -> ParamSpec | None:
     """The parameter at this path, or None where the model has none."""
-    node = specs
+    node: Any = specs
     for name in path.split("/"):
         if name not in node:
             return None
         node = node[name]
-    assert isinstance(node, ParamSpec)
     return node
 
 

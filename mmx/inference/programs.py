@@ -12,17 +12,17 @@ from jaxtyping import Array, Int
 from mmx.config import ModelConfig
 from mmx.inference.cache import Cache, init_cache
 from mmx.inference.sampling import sample
-from mmx.model import Params, backbone, check_tokens, unembed
+from mmx.model import Params, Tokens, backbone, check_tokens, unembed
 
 FINISHED = -1
 
 
 def generate(
     params: Params,
-    tokens: Int[Array, "B T"],
+    tokens: Tokens,
     config: ModelConfig,
     *,
-    mask: Int[Array, "B T"] | None = None,
+    mask: Tokens | None = None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -125,10 +125,11 @@ def _decode(
             out, jnp.where(running, chosen, FINISHED)[:, None], (0, i)
         )
         running &= ~jnp.any(chosen[:, None] == stops, axis=1)
-        x, cache, _, _ = backbone(
+        x, advanced, _, _ = backbone(
             params, chosen[:, None], config, cache=cache, implementation=implementation
         )
-        return i + 1, cache, unembed(params, x, config)[:, 0], running, out
+        assert advanced is not None
+        return i + 1, advanced, unembed(params, x, config)[:, 0], running, out
 
     out = jnp.full((batch, max_new_tokens), FINISHED, jnp.int32)
     carry = (jnp.int32(0), cache, logits, jnp.ones((batch,), bool), out)

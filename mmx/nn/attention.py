@@ -1,6 +1,6 @@
 """Softmax attention as a layer: grouped-query, RoPE on the leading channels of each head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -68,6 +68,7 @@ class SoftmaxAttention(nnx.Module):
             for kernel in (self.q_proj[...], self.k_proj[...])
         )
         v = functional.project("btd,dhk->bthk", x, self.v_proj[...])
+        out: Any  # an array: no log-sum-exp is asked for
         if slots is None:
             out = softmax_attention(
                 q, k, v, segment_ids=sequence.kernel_segment_ids, implementation=implementation

@@ -73,7 +73,7 @@ class Layer(nnx.Module):
         memory: Any,
         execution: Execution,
     ) -> tuple[Float[Array, "B T D"], Any, RouterStats]:
-        """Return the output, the layer's memory after it (state or slots), and router statistics."""
+        """Return the output, the layer's memory (state or slots) and its router statistics."""
         normed = self.attention_norm(x)
         with jax.named_scope(f"{self.kind}_attention"):
             if isinstance(self.attention, LightningAttention):

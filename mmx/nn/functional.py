@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dot_precision
+from pallas_kernels.dispatch import einsum
 
 
 def rms_norm(
@@ -31,13 +31,7 @@ def project(
 
     The result has the dtype of `x` unless `out_dtype` says otherwise.
     """
-    return jnp.einsum(
-        subscripts,
-        x,
-        kernel.astype(x.dtype),
-        precision=dot_precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    ).astype(out_dtype or x.dtype)
+    return einsum(subscripts, x, kernel.astype(x.dtype)).astype(out_dtype or x.dtype)
 
 
 def rotary_embedding(

@@ -54,13 +54,13 @@ def declare(
 def specs(module: nnx.Module) -> dict[str, Any]:
     """The parameters a module declares, as a nested dict of ParamSpec."""
     state = nnx.state(module, nnx.Param)
-    leaves = {path: leaf.get_metadata()["spec"] for path, leaf in nnx.to_flat_state(state)}
     tree: dict[str, Any] = {}
-    for path, spec in leaves.items():
+    for path, leaf in nnx.to_flat_state(state):
+        *parents, name = map(str, path)
         node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = spec
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf.get_metadata()["spec"]
     return tree
 
 

@@ -1,4 +1,4 @@
-"""Lightning attention as a layer: SiLU on q, k and v, decayed linear attention, norm, output gate."""
+"""Lightning attention as a layer: SiLU on q, k, v, decayed linear attention, norm, output gate."""
 
 import jax
 import jax.numpy as jnp

@@ -59,8 +59,8 @@ def next_token_targets(
     """What each position should predict, and whether it counts.
 
     Position t predicts `labels[:, t + 1]` (the tokens themselves when there are no labels). It does
-    not count where that label is -100, where either token is padding, across a border between packed
-    samples, or at the last position.
+    not count where that label is -100, where either token is padding, across a border between
+    packed samples, or at the last position.
     """
     tokens = batch["tokens"]
     labels = batch.get("labels", tokens)

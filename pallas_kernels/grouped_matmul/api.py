@@ -43,9 +43,7 @@ def grouped_matmul(
         )
     dispatch.require_shape(name, "w", w, (w.shape[0], x.shape[1], w.shape[2]))
     dispatch.require_shape(name, "group_sizes", group_sizes, (w.shape[0],))
-    dispatch.require_floating(name, x=x, w=w)
-    if x.dtype != w.dtype:
-        raise ValueError(f"{name}: x is {x.dtype} and w is {w.dtype}; cast one to the other")
+    dispatch.require_one_dtype(name, x=x, w=w)
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"{name}: group_sizes has dtype {group_sizes.dtype}; it must be integer")
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, w, group_sizes)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+from pallas_kernels.dispatch import einsum
 
 
 def grouped_matmul(
@@ -13,11 +13,5 @@ def grouped_matmul(
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])
     member = (row < ends[:, None]) & (row >= (ends - group_sizes)[:, None])  # [G, M]
-    products = jnp.einsum(
-        "mk,gkn->gmn",
-        x,
-        w,
-        precision=dot_precision(x.dtype),
-        preferred_element_type=accumulation_dtype(x.dtype),
-    )
+    products = einsum("mk,gkn->gmn", x, w)
     return jnp.sum(jnp.where(member[..., None], products, 0), axis=0).astype(x.dtype)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+from pallas_kernels.dispatch import accumulation_dtype, einsum
 
 MAX_BLOCK_ROWS = 512
 
@@ -57,16 +57,11 @@ def _multiply(
     """x[m] @ w[g] with contract='mk,kn->mn', x[m] @ w[g]^T with 'mn,kn->mk'."""
     blocks = _cut_into_blocks(group_sizes, x.shape[0])
     columns = w.shape[2] if contract.endswith("mn") else w.shape[1]
-    dtype = accumulation_dtype(x.dtype)
 
     def step(i, out):
         rows, first = _take(x, blocks, i)
-        product = jnp.einsum(
-            contract,
-            rows,
-            jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False),
-            precision=dot_precision(x.dtype),
-            preferred_element_type=dtype,
+        product = einsum(
+            contract, rows, jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
         ).astype(x.dtype)
         # Rows of other groups are zero in `product`, so adding writes only this block's rows.
         before = jax.lax.dynamic_slice_in_dim(out, first, blocks.size)
@@ -84,13 +79,7 @@ def _multiply_transposed(
     dtype = accumulation_dtype(x.dtype)
 
     def step(i, out):
-        product = jnp.einsum(
-            "mk,mn->kn",
-            _take(x, blocks, i)[0],
-            _take(y, blocks, i)[0],
-            precision=dot_precision(x.dtype),
-            preferred_element_type=dtype,
-        )
+        product = einsum("mk,mn->kn", _take(x, blocks, i)[0], _take(y, blocks, i)[0])
         group = blocks.group[i]
         before = jax.lax.dynamic_index_in_dim(out, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(out, before + product, group, 0)

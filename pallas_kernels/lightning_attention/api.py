@@ -59,7 +59,7 @@ def lightning_attention(
     dispatch.require_shape(name, "k", k, q.shape)
     dispatch.require_shape(name, "v", v, (batch, length, heads, *v.shape[3:][:1]))
     _check_slopes(name, decay_slopes, heads)
-    dispatch.require_floating(name, q=q, k=k, v=v)
+    dispatch.require_one_dtype(name, q=q, k=k, v=v)
     if initial_state is not None:
         wanted = (batch, heads, key_dim, v.shape[3])
         dispatch.require_shape(name, "initial_state", initial_state, wanted)
@@ -103,14 +103,15 @@ def lightning_decode_step(
     dispatch.require_shape(name, "k", k, q.shape)
     dispatch.require_shape(name, "v", v, (*q.shape[:2], *v.shape[2:][:1]))
     dispatch.require_shape(name, "state", state, (*q.shape, v.shape[2]))
-    dispatch.require_floating(name, q=q, k=k, v=v, state=state)
+    dispatch.require_one_dtype(name, q=q, k=k, v=v)
+    dispatch.require_floating(name, state=state)
     _check_slopes(name, decay_slopes, q.shape[1])
     return xla.lightning_decode_step(q, k, v, decay_slopes, state)
 
 
 def _check_slopes(name: str, decay_slopes: jax.Array, heads: int) -> None:
     dispatch.require_shape(name, "decay_slopes", decay_slopes, (heads,))
-    if not isinstance(decay_slopes, jax.core.Tracer) and np.min(decay_slopes) < 0:
+    if dispatch.is_concrete(decay_slopes) and np.min(decay_slopes) < 0:
         raise ValueError(
             f"{name}: decay_slopes has the negative value {np.min(decay_slopes)}; "
             "slopes are >= 0 (the state is multiplied by exp(-slope) at each token)"

@@ -1,4 +1,4 @@
-"""Lightning attention as its definition: one token after the other. Slow, obvious, differentiable."""
+"""Lightning attention as its definition: token after token. Slow, obvious, differentiable."""
 
 import jax
 import jax.numpy as jnp

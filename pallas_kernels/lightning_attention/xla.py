@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+from pallas_kernels.dispatch import accumulation_dtype, einsum
 from pallas_kernels.lightning_attention.segments import segment_runs
 
 
@@ -60,8 +60,6 @@ def _chunk(slopes, carry, inputs):
     """One chunk: (state, run) before it -> (state, run) after it, and its output."""
     state, entering_run = carry
     q, k, v, real, runs = inputs
-    precision = dot_precision(v.dtype)
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=slopes.dtype)
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)  # n_i, [b, C]
     last_run = runs[:, -1]
 

@@ -60,10 +60,12 @@ def softmax_attention(
     dispatch.require_shape(name, "v", v, (batch, kv_length, kv_heads, *v.shape[3:][:1]))
     if heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
-    dispatch.require_floating(name, q=q, k=k, v=v)
+    dispatch.require_one_dtype(name, q=q, k=k, v=v)
     if kv_segment_ids is None:
-        same = segment_ids is not None and kv_length == length
-        kv_segment_ids = segment_ids if same else jnp.ones((batch, kv_length), jnp.int32)
+        if segment_ids is not None and kv_length == length:
+            kv_segment_ids = segment_ids
+        else:
+            kv_segment_ids = jnp.ones((batch, kv_length), jnp.int32)
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     dispatch.require_shape(name, "segment_ids", segment_ids, (batch, length))

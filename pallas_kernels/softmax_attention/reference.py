@@ -1,10 +1,10 @@
-"""Softmax attention as its definition: the whole T x S matrix. Right, and quick for short inputs."""
+"""Softmax attention as its definition: the whole T x S matrix. Quick for short inputs."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+from pallas_kernels.dispatch import einsum
 
 
 def visible(
@@ -36,10 +36,8 @@ def softmax_attention(
     """Dense form of `pallas_kernels.softmax_attention`; returns (out, log-sum-exp)."""
     batch, length, heads, key_dim = q.shape
     kv_heads = k.shape[2]
-    dtype = accumulation_dtype(q.dtype)
-    exact = dict(precision=dot_precision(q.dtype), preferred_element_type=dtype)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, key_dim)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, **exact) * scale
+    scores = einsum("btgrk,bsgk->bgrts", grouped, k) * scale
     q_index = q_offset + jnp.arange(length)
     mask = visible(segment_ids, kv_segment_ids, q_index, jnp.arange(k.shape[1]), causal=causal)
     top = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
@@ -48,7 +46,7 @@ def softmax_attention(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     seen = total > 0
     probabilities = (weights / jnp.where(seen, total, 1)).astype(v.dtype)
-    out = jnp.einsum("bgrts,bsgv->btgrv", probabilities, v, **exact)
+    out = einsum("bgrts,bsgv->btgrv", probabilities, v)
     lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)) + top, -jnp.inf)
     lse = jnp.moveaxis(lse[..., 0], 3, 1).reshape(batch, length, heads)
     return out.reshape(batch, length, heads, -1).astype(v.dtype), lse

@@ -6,14 +6,13 @@ A `custom_vjp` rather than autodiff of the loops: partial evaluation would hoist
 of all blocks out of the loop and keep them, which is T x S again.
 """
 
-import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import accumulation_dtype, dot_precision
+from pallas_kernels.dispatch import accumulation_dtype, einsum
 from pallas_kernels.softmax_attention import reference
 
 BLOCK = 512
@@ -54,8 +53,9 @@ def softmax_attention(
     return out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(problem, q, k, v, segment_ids, kv_segment_ids, q_offset):
+def _attend_primal(
+    problem: _Problem, q, k, v, segment_ids, kv_segment_ids, q_offset
+) -> tuple[jax.Array, jax.Array]:
     """Q [B, T, G, R, K] -> out [B, T, G, R, V], lse [B, T, G, R]."""
     length = q.shape[1]
     dtype = accumulation_dtype(q.dtype)
@@ -74,8 +74,8 @@ def _attend(problem, q, k, v, segment_ids, kv_segment_ids, q_offset):
             shrink = jnp.exp(top - safe)
             weights = jnp.exp(scores - safe[..., None])
             total = total * shrink + jnp.sum(weights, axis=-1)
-            acc = acc * shrink[..., None] + jnp.einsum(
-                "bgrts,bsgv->bgrtv", weights.astype(v.dtype), values, **_exact(v.dtype)
+            acc = acc * shrink[..., None] + einsum(
+                "bgrts,bsgv->bgrtv", weights.astype(v.dtype), values
             )
             return new_top, total, acc
 
@@ -99,6 +99,9 @@ def _attend(problem, q, k, v, segment_ids, kv_segment_ids, q_offset):
     blocks = (*_split(problem, q, segment_ids), _block_starts(problem, length))
     _, (out, lse) = jax.lax.scan(q_block, None, blocks)
     return _join(out, length), _join(lse, length)
+
+
+_attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
 def _attend_forward(problem, q, k, v, segment_ids, kv_segment_ids, q_offset):
@@ -126,13 +129,12 @@ def _attend_backward(problem, residuals, grads):
                 problem, i, queries, segments, q_offset + first, k, v, kv_segment_ids
             )
             weights = jnp.exp(scores - jnp.moveaxis(log_total, 1, 3)[..., None])
-            from_values = jnp.einsum("btgrv,bsgv->bgrts", gradient, values, **_exact(v.dtype))
+            from_values = einsum("btgrv,bsgv->bgrts", gradient, values)
             grad_scores = weights * (from_values - jnp.moveaxis(correction, 1, 3)[..., None])
             grad_scores = (grad_scores * problem.scale).astype(q.dtype)
-            exact = _exact(q.dtype)
-            grad_q += jnp.einsum("bgrts,bsgk->btgrk", grad_scores, keys, **exact)
-            block_k = jnp.einsum("bgrts,btgrk->bsgk", grad_scores, queries, **exact)
-            block_v = jnp.einsum("bgrts,btgrv->bsgv", weights.astype(v.dtype), gradient, **exact)
+            grad_q += einsum("bgrts,bsgk->btgrk", grad_scores, keys)
+            block_k = einsum("bgrts,btgrk->bsgk", grad_scores, queries)
+            block_v = einsum("bgrts,btgrv->bsgv", weights.astype(v.dtype), gradient)
             at = _kv_start(problem, i, k.shape[1])
             return grad_q, _add_at(grad_k, block_k, at), _add_at(grad_v, block_v, at)
 
@@ -179,12 +181,8 @@ def _scores(problem, i, queries, segments, q_first, k, v, kv_segment_ids):
         kv_index,
         causal=problem.causal,
     )
-    scores = jnp.einsum("btgrk,bsgk->bgrts", queries, keys, **_exact(queries.dtype))
+    scores = einsum("btgrk,bsgk->bgrts", queries, keys)
     return jnp.where(mask, scores * problem.scale, -jnp.inf), keys, values
-
-
-def _exact(dtype):
-    return dict(precision=dot_precision(dtype), preferred_element_type=accumulation_dtype(dtype))
 
 
 def _kv_start(problem, i, kv_length):
