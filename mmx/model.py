@@ -25,7 +25,7 @@ from mmx.nn.block import Execution, Memory, Superblock
 from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
 from mmx.nn.moe import RouterStats
 from mmx.nn.sequence import describe
-from pallas_kernels.dispatch import is_concrete
+from pallas_kernels.dispatch import concrete
 
 Params = dict[str, Any]
 Tokens = Int[Array | np.ndarray, "B T"]
@@ -287,8 +287,9 @@ def check_tokens(
     for name, array in (("mask", mask), ("segment_ids", segment_ids)):
         if array is not None and array.shape != tokens.shape:
             raise ValueError(f"{name} has shape {array.shape}; tokens have {tokens.shape}")
-    if is_concrete(tokens):
-        least, most = int(np.min(tokens)), int(np.max(tokens))
+    values = concrete(tokens)
+    if values is not None:
+        least, most = int(values.min()), int(values.max())
         if least < 0 or most >= config.vocab_size:
             wrong = least if least < 0 else most
             raise ValueError(
@@ -300,13 +301,15 @@ def _check_cache(cache: Cache, shape: tuple[int, ...], config: ModelConfig) -> N
     batch = cache.slot_segments.shape[0]
     if batch != shape[0]:
         raise ValueError(f"the cache holds {batch} rows, tokens have {shape[0]}")
-    used = cache.num_slots
-    if is_concrete(used) and int(used) + shape[1] > cache.max_slots:
+    used = concrete(cache.num_slots)
+    if used is None:
+        return
+    if int(used) + shape[1] > cache.max_slots:
         raise ValueError(
             f"the cache has {cache.max_slots} slots, {int(used)} of them used; {shape[1]} more "
             "tokens do not fit: make it larger with init_cache"
         )
-    if is_concrete(used) and int(used) + shape[1] > config.max_seq_len:
+    if int(used) + shape[1] > config.max_seq_len:
         raise ValueError(
             f"{int(used) + shape[1]} tokens are more than max_seq_len={config.max_seq_len}"
         )

@@ -64,9 +64,10 @@ def select(
     )
 
 
-def is_concrete(array: jax.Array | np.ndarray) -> bool:
-    """Whether the values can be looked at; under jit they cannot."""
-    return not isinstance(array, Tracer)
+def concrete(array: jax.Array | np.ndarray) -> np.ndarray | None:
+    """The values, or None under jit, where they cannot be looked at."""
+    # Through numpy: reducing a concrete jax.Array inside a jit would itself be traced.
+    return None if isinstance(array, Tracer) else np.asarray(array)
 
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:

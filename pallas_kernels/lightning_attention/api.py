@@ -1,13 +1,15 @@
 """The public functions of lightning attention: argument checks and the choice of implementation."""
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import reference, xla
+from pallas_kernels.lightning_attention import gpu_hopper, reference, xla
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "pallas_gpu", gpu_hopper.lightning_attention, unsupported=gpu_hopper.unsupported
+    ),
     dispatch.Implementation("xla", xla.lightning_attention),
     dispatch.Implementation("reference", reference.lightning_attention, automatic=False),
 )
@@ -43,7 +45,7 @@ def lightning_attention(
       segment_ids: ids of packed samples, each one contiguous run; None means one segment a row.
       chunk_size: tokens handled at once by chunked implementations (256 when None). It changes the
         speed, and the result only by rounding.
-      implementation: 'xla', 'reference', or None for the best on this platform.
+      implementation: 'pallas_gpu', 'xla', 'reference', or None for the best on this platform.
 
     Returns:
       The output in the dtype of `v`, and the final state in fp32.
@@ -111,8 +113,9 @@ def lightning_decode_step(
 
 def _check_slopes(name: str, decay_slopes: jax.Array, heads: int) -> None:
     dispatch.require_shape(name, "decay_slopes", decay_slopes, (heads,))
-    if dispatch.is_concrete(decay_slopes) and np.min(decay_slopes) < 0:
+    values = dispatch.concrete(decay_slopes)
+    if values is not None and values.min() < 0:
         raise ValueError(
-            f"{name}: decay_slopes has the negative value {np.min(decay_slopes)}; "
+            f"{name}: decay_slopes has the negative value {values.min()}; "
             "slopes are >= 0 (the state is multiplied by exp(-slope) at each token)"
         )

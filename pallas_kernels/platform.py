@@ -1,0 +1,38 @@
+"""What the default backend is, asked while tracing and never when importing."""
+
+import jax
+
+H200_CORES = 132
+
+
+def backend() -> str:
+    """'cpu', 'gpu' or 'tpu': the platform that an unplaced computation runs on."""
+    return jax.default_backend()
+
+
+def is_tpu() -> bool:
+    """Whether the default backend is a TPU."""
+    return backend() == "tpu"
+
+
+def gpu_compute_capability() -> tuple[int, int] | None:
+    """(9, 0) for Hopper and so on; None when the default backend is no NVIDIA GPU."""
+    if backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None or not str(capability).replace(".", "").isdigit():
+        return None  # ROCm names its architectures gfx...
+    major, _, minor = str(capability).partition(".")
+    return int(major), int(minor or 0)
+
+
+def gpu_cores() -> int:
+    """Streaming multiprocessors of the GPU; those of an H200 when lowering without one."""
+    if backend() != "gpu":
+        return H200_CORES
+    return jax.devices()[0].core_count
+
+
+def device_name() -> str:
+    """What the default device calls itself, for messages."""
+    return jax.devices()[0].device_kind
