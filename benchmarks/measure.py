@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, its ceilings measured in the same run, timing, a table."""
+"""What benchmarks share: the machine, its ceilings measured in the same run, timing, a table."""
 
 import json
 import os

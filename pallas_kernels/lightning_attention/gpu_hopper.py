@@ -5,7 +5,6 @@ packed samples and padding are, and the state that enters each piece of a row. R
 backward pass are the inputs and, for rows cut into segments, one state a segment.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, platform
 from pallas_kernels.lightning_attention import gpu_sweep
-from pallas_kernels.lightning_attention.gpu_sweep import CHUNK, Bookkeeping, Output, Sweep
+from pallas_kernels.lightning_attention.gpu_roles import CHUNK, Output, Sweep
+from pallas_kernels.lightning_attention.gpu_sweep import Bookkeeping
 from pallas_kernels.lightning_attention.segments import segment_runs
 
 CENTRE = CHUNK // 2
@@ -311,9 +311,13 @@ def _ids_if_needed(segment_ids: Array | None, batch: int, length: int, segments:
     return segment_ids
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q, k, v, slopes, initial_state, segment_ids):
+def _attend_primal(
+    static: _Static, q, k, v, slopes, initial_state, segment_ids
+) -> tuple[Array, Array]:
     return _attend_forward(static, q, k, v, slopes, initial_state, segment_ids)[0]
+
+
+_attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
 def _attend_forward(static, q, k, v, slopes, initial_state, segment_ids):
