@@ -4,7 +4,7 @@ Hugging Face's names for these fields live in `mmx.convert.hf_config` alone.
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,7 +78,8 @@ class ModelConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
+        if isinstance(self.layer_kinds, list):
+            object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
         _validate(self)
 
     @property
@@ -155,13 +156,18 @@ def _validate(config: ModelConfig) -> None:
             ok = isinstance(value, int) and not isinstance(value, bool)
             require(ok, field.name, "it must be an integer")
             least = 0 if field.name == "shared_expert_dim" else 1
-            require(value >= least, field.name, f"it must be at least {least}")
+            wanted = f"it must be at least {least} and below 2^31"
+            require(least <= value < 1 << 31, field.name, wanted)
         elif field.type in (float, "float"):
             ok = isinstance(value, int | float) and not isinstance(value, bool)
-            require(ok and math.isfinite(value), field.name, "it must be a finite number")
+            # A comparison, not isfinite: an integer too large for a float is no number either.
+            require(
+                ok and abs(value) < sys.float_info.max, field.name, "it must be a finite number"
+            )
         elif field.type in (bool, "bool"):
             require(isinstance(value, bool), field.name, "it must be true or false")
     kinds = config.layer_kinds
+    require(isinstance(kinds, tuple), "layer_kinds", "it must be a tuple of layer kinds")
     require(len(kinds) > 0, "layer_kinds", "there must be at least one layer")
     wrong = sorted({repr(k) for k in kinds} - {"'lightning'", "'softmax'"})
     wanted = f"each must be 'lightning' or 'softmax', not {', '.join(wrong)}"
@@ -187,7 +193,8 @@ def _validate(config: ModelConfig) -> None:
     require(config.slope_layer_epsilon >= 0, "slope_layer_epsilon", "it must be at least 0")
     for field in ("bos_token_id", "eos_token_id"):
         value = getattr(config, field)
-        in_range = value is None or (isinstance(value, int) and 0 <= value < config.vocab_size)
+        is_id = isinstance(value, int) and not isinstance(value, bool)
+        in_range = value is None or (is_id and 0 <= value < config.vocab_size)
         wanted = f"it must be None or a token id below vocab_size={config.vocab_size}"
         require(in_range, field, wanted)
 

@@ -7,6 +7,7 @@ and are scanned beside the parameters.
 """
 
 import functools
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -117,7 +118,7 @@ def count_params(config: ModelConfig) -> tuple[int, int]:
     Active counts the experts a token uses and leaves out embedding and head, as the paper does.
     """
     sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): int(np.prod(spec.shape))
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(spec.shape)
         for path, spec in jax.tree_util.tree_leaves_with_path(param_specs(config))
     }
     total = active = 0

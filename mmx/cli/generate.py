@@ -72,9 +72,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse_ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        ids = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--tokens is {text!r}; it must be integers, as 1,2,3") from None
+        shown = text if len(text) < 60 else text[:60] + "..."
+        raise ValueError(f"--tokens is {shown!r}; it must be integers, as 1,2,3") from None
+    for i in ids:
+        if not -(2**63) <= i < 2**63:
+            raise ValueError(f"--tokens contains {i}; it must be ids of the vocabulary")
+    return ids
 
 
 def _tokenizer(folder: Path):

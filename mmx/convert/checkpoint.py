@@ -15,22 +15,31 @@ import safetensors
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUPPORTED_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_NAME = 255  # characters of a file name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+def printable(text: str) -> str:
+    """A name out of a checkpoint as one line that cannot move the cursor."""
+    return text if text.isprintable() else ascii(text)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of this name in the folder.
 
     Raises:
-      ValueError: the file is missing, is not JSON, or holds something else than an object.
+      ValueError: the file is missing, is a link out of the folder, is not JSON, or holds something
+        else than an object.
     """
+    path = _inside(folder, name)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this a checkpoint folder?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested or long beyond use
+        reason = printable(str(error))
+        raise ValueError(f"{path}: not valid JSON ({reason}); download it again") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a JSON {type(fields).__name__}; an object is wanted")
     return fields
@@ -46,7 +55,7 @@ class TensorInfo:
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder, single file or sharded; a context manager.
+    """The tensors of a checkpoint folder, single file or sharded.
 
     Raises:
       ValueError: a shard is missing, truncated or outside the folder, an index that disagrees with
@@ -54,51 +63,44 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path):
-        self._handles: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = _weight_map(folder)
-        try:
-            for name in sorted(set(weight_map.values())):
-                self._open(_inside(folder, name))
-            self._check_index(folder, weight_map)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "SafetensorsFolder":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Unmap all files."""
-        self._handles.clear()
+        for name in sorted(set(weight_map.values())):
+            self._read_header(_inside(folder, name))
+        self._check_index(folder, weight_map)
 
     def read(self, key: str, part: tuple[int | slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it that these leading indices select."""
         info = self.tensors[key]
-        handle = self._handles[info.file]
         try:
-            return handle.get_slice(key)[part] if part else handle.get_tensor(key)
+            # Opened for each tensor: a mapped file stays in memory as far as it was read.
+            with safetensors.safe_open(info.file, framework="numpy") as handle:
+                return handle.get_slice(key)[part] if part else handle.get_tensor(key)
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{info.file}: {key} cannot be read ({error})") from None
+            raise ValueError(
+                f"{info.file}: {printable(key)} cannot be read ({error}); download it again"
+            ) from None
 
-    def _open(self, file: Path) -> None:
-        if not file.is_file():
+    def _read_header(self, file: Path) -> None:
+        if not file.is_file():  # a folder, too
             raise ValueError(f"{file}: shard is missing; download it again")
         try:
-            handle = safetensors.safe_open(file, framework="numpy")
+            with safetensors.safe_open(file, framework="numpy") as handle:
+                parts = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+                found = {
+                    key: TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+                    for key, part in parts.items()
+                }
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file}: not a whole safetensors file ({error}); download it again"
             ) from None
-        self._handles[file] = handle
-        for key in handle.keys():  # noqa: SIM118 (not a dict)
-            if key in self.tensors:
-                raise ValueError(f"{file}: {key} is also in {self.tensors[key].file.name}")
-            part = handle.get_slice(key)
-            self.tensors[key] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        for key in sorted(found.keys() & self.tensors.keys()):
+            raise ValueError(
+                f"{file}: {printable(key)} is also in {self.tensors[key].file.name}; "
+                "remove one of the two"
+            )
+        self.tensors |= found
 
     def _check_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
         if set(weight_map) == {SINGLE}:
@@ -107,14 +109,15 @@ class SafetensorsFolder:
             info = self.tensors.get(key)
             if info is None or info.file.name != name:
                 raise ValueError(
-                    f"{folder / INDEX}: {key} should be in {name}, and is not; download it again"
+                    f"{folder / INDEX}: {printable(key)} should be in {name}, and is not; "
+                    "download both again"
                 )
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:
     """Tensor name -> file name; {SINGLE: SINGLE} for a folder with one file and no index."""
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+    if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
+        weight_map = read_json(folder, INDEX).get("weight_map")
         strings = isinstance(weight_map, dict) and all(
             isinstance(v, str) for v in weight_map.values()
         )
@@ -131,7 +134,7 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
             f"{folder}: holds {pickles[0]} but no safetensors; pickled weights can run code and "
             "are never opened: convert them to safetensors first"
         )
-    raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; download one of them")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -140,12 +143,20 @@ def _inside(folder: Path, name: str) -> Path:
     A link is followed within the folder, or to `blobs`, where the Hugging Face cache keeps the
     files of its snapshots.
     """
+    plain = Path(name).name == name and name not in ("", ".", "..") and name.isprintable()
+    if not plain or len(name) > MAX_NAME:
+        shown = ascii(name[:MAX_NAME])
+        raise ValueError(
+            f"{folder / INDEX}: weight_map names {shown}; it must name files in the folder"
+        )
     file = folder / name
-    if Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, which is not in the folder")
     if file.is_symlink():
         home = folder.resolve()
         allowed = (home, home.parent.parent / "blobs")
-        if file.resolve().parent not in allowed:
+        try:
+            inside = file.resolve(strict=False).parent in allowed
+        except (OSError, RuntimeError):  # a link to itself
+            inside = False
+        if not inside:
             raise ValueError(f"{file}: is a link out of the folder; put the file itself there")
     return file

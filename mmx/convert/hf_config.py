@@ -96,11 +96,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     """Read a `config.json`; see `ModelConfig.from_hf`. Unknown keys are reported by a warning."""
     model_type = fields.get("model_type")
     if model_type == VL_TYPE:
-        text = fields.get("text_config")
-        if not isinstance(text, Mapping):
-            raise ValueError("config.json: text_config is missing; minimax_vl_01 must have one")
-        tied = {"tie_word_embeddings": fields.get("tie_word_embeddings", False)}
-        return from_hf({**tied, "model_type": RELEASED_TYPES[0], **text})
+        return from_hf(_text_fields(fields))
     if model_type in RELEASED_TYPES:
         read = _read_released
     elif model_type == TRANSFORMERS_TYPE:
@@ -118,7 +114,10 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
             ours[name] = fields[key]
     # transformers allows a list of end tokens; the first is the one its own tokenizer writes.
     if isinstance(ours.get("eos_token_id"), list):
-        ours["eos_token_id"] = ours["eos_token_id"][0]
+        ends = ours["eos_token_id"]
+        if not ends:
+            raise ValueError("config.json: eos_token_id is []; it must be a token id or null")
+        ours["eos_token_id"] = ends[0]
     heads = fields["num_attention_heads"]
     ours["num_kv_heads"] = _or_default(fields, "num_key_value_heads", heads)
     ours["head_dim"] = _or_default(
@@ -135,6 +134,20 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**ours)
 
 
+def _text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's part of a VL-01 config, in the released schema."""
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError("config.json: text_config is missing; minimax_vl_01 must have one")
+    if text.get("model_type", RELEASED_TYPES[0]) not in RELEASED_TYPES:
+        raise ValueError(
+            f"config.json: text_config.model_type is {text['model_type']!r}; "
+            f"it must be one of {', '.join(RELEASED_TYPES)}"
+        )
+    tied = {"tie_word_embeddings": fields.get("tie_word_embeddings", False)}
+    return {**tied, "model_type": RELEASED_TYPES[0], **text}
+
+
 def _check_values(fields: Mapping[str, Any]) -> None:
     for key in _REQUIRED:
         if not isinstance(fields.get(key), int):
@@ -148,7 +161,11 @@ def _check_values(fields: Mapping[str, Any]) -> None:
 
 
 def _read_released(fields: Mapping[str, Any], ours: dict[str, Any], used: set[str]) -> None:
-    used |= {*_RELEASED_RESIDUALS, "attn_type_list", "postnorm", "rotary_dim", "rope_theta",
+    if fields.get("rope_scaling") is not None:
+        raise ValueError(
+            f"config.json: rope_scaling is {fields['rope_scaling']!r}; only null is supported"
+        )
+    used |= {*_RELEASED_RESIDUALS, "rope_scaling", "attn_type_list", "postnorm", "rotary_dim", "rope_theta",
              "shared_intermediate_size", "shared_moe_mode", "layer_types"}  # fmt: skip
     ours["layer_kinds"] = _layer_kinds(fields, "attn_type_list", _KIND_OF_NUMBER)
     for key, name in _RELEASED_RESIDUALS.items():
@@ -169,20 +186,20 @@ def _read_transformers(fields: Mapping[str, Any], ours: dict[str, Any], used: se
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"config.json: rope_parameters is {rope!r}; it must be an object")
-    if rope.get("rope_type", "default") != "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
         raise ValueError(
-            f"config.json: rope_parameters.rope_type is {rope['rope_type']!r}; "
-            "only 'default' is supported"
+            f"config.json: rope_parameters.rope_type is {rope_type!r}; only 'default' is supported"
         )
     ours["rope_theta"] = rope.get("rope_theta", _or_default(fields, "rope_theta", 1e6))
     # The class in transformers rotates the whole head unless the config says otherwise.
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if not isinstance(partial, int | float) or not isinstance(ours["head_dim"], int):
-        raise ValueError(
-            f"config.json: partial_rotary_factor is {partial!r} and head_dim is "
-            f"{ours['head_dim']!r}; they must be numbers"
-        )
-    ours["rotary_dim"] = _or_default(fields, "rotary_dim", int(ours["head_dim"] * partial))
+    if not isinstance(partial, int | float) or not 0 < partial <= 1:
+        raise ValueError(f"config.json: partial_rotary_factor is {partial!r}; it must be in (0, 1]")
+    whole = ours["head_dim"]
+    if partial != 1 and isinstance(whole, int) and whole < 1 << 30:
+        whole = int(whole * partial)
+    ours["rotary_dim"] = _or_default(fields, "rotary_dim", whole)
     ours["chunk_size"] = fields.get("block_size", 256)
     ours["post_norm"] = True
     ours["slope_base"], ours["slope_layer_epsilon"] = "geometric", 1e-5
@@ -213,7 +230,7 @@ def _layer_kinds(
 def _shared_expert_dim(fields: Mapping[str, Any]) -> int:
     value = fields.get("shared_intermediate_size", 0)
     if isinstance(value, list):  # VL-01 writes a list, [0]
-        if len(set(value)) > 1:
+        if any(v != value[0] for v in value):
             raise ValueError(
                 f"config.json: shared_intermediate_size is {value!r}; "
                 "layers with different shared experts are not supported"

@@ -1,5 +1,7 @@
 """`mmx.load`: a Hugging Face folder -> (config, parameters)."""
 
+import functools
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -12,7 +14,7 @@ import numpy as np
 
 from mmx.config import ModelConfig
 from mmx.convert import mapping
-from mmx.convert.checkpoint import SUPPORTED_DTYPES, SafetensorsFolder, read_json
+from mmx.convert.checkpoint import SUPPORTED_DTYPES, SafetensorsFolder, printable, read_json
 from mmx.model import Params, param_specs
 from mmx.nn.layers import ParamSpec
 
@@ -20,7 +22,7 @@ _ALIGNMENT = 64  # bytes; XLA takes a host buffer over without a copy when it is
 _NUMPY_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
+    "F16": np.dtype(np.float32),  # fp16 has no room for the activations of these models
     "BF16": np.dtype(jnp.bfloat16),
 }
 
@@ -34,12 +36,12 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a checkpoint is a folder with a config.json")
-    file = folder / "config.json"
-    fields = read_json(file)
+    fields = read_json(folder, "config.json")
     try:
         return ModelConfig.from_hf(fields)
     except ValueError as error:
-        raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+        reason = printable(str(error).removeprefix("config.json: "))
+        raise ValueError(f"{folder / 'config.json'}: {reason}") from None
 
 
 def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[ModelConfig, Params]:
@@ -63,17 +65,16 @@ def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[Mod
     folder = Path(path)
     config = load_config(folder)
     wanted = None if dtype is None else _float_dtype(dtype)
-    with SafetensorsFolder(folder) as checkpoint:
-        entries = _plan(checkpoint, config, folder)
-        by_path = defaultdict(list)
-        for entry in entries:
-            by_path[entry.path].append(entry)
-        leaves = {}
-        specs = param_specs(config)
-        for path_, group in by_path.items():
-            spec = mapping.find(specs, path_)
-            assert spec is not None
-            leaves[path_] = _read_leaf(checkpoint, group, spec, wanted)
+    checkpoint = SafetensorsFolder(folder)
+    by_path = defaultdict(list)
+    for entry in _plan(checkpoint, config, folder):
+        by_path[entry.path].append(entry)
+    leaves = {}
+    specs = param_specs(config)
+    for name, group in by_path.items():
+        spec = mapping.find(specs, name)
+        assert spec is not None
+        leaves[name] = _read_leaf(checkpoint, group, spec, wanted)
     return config, _nest(leaves)
 
 
@@ -90,34 +91,47 @@ def _plan(
     """Match the tensors there are with the tensors the config needs; raise on any difference."""
     names = _text_names(checkpoint, folder)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in names)
-    entries = [
-        mapping.with_key(entry, names.get(entry.key, entry.key))
-        for entry in mapping.entries(config, "fused" if fused else "separate")
-    ]
-    needed = {entry.key for entry in entries}
-    missing = sorted(needed - set(checkpoint.tensors))
+    entries, missing = [], []
+    for entry in mapping.entries(config, "fused" if fused else "separate"):
+        if entry.key not in names:
+            missing.append(entry.key)
+            if len(missing) > len(names):  # the config may ask for any number
+                break
+            continue
+        entries.append(mapping.with_key(entry, names[entry.key]))
+        _check(checkpoint, entries[-1])
     if missing:
-        raise ValueError(f"{folder}: {_some(missing)} missing; the config needs it")
+        raise ValueError(
+            f"{folder}: {_some(missing)} missing; the config wants it: download the checkpoint "
+            "again, or correct config.json"
+        )
+    needed = {entry.key for entry in entries}
     extra = sorted(set(names.values()) - needed)
     extra = [key for key in extra if not _redundant(checkpoint, key, config)]
     if extra:
         raise ValueError(
             f"{checkpoint.tensors[extra[0]].file}: {_some(extra)} unexpected; "
-            "the config has no place for it"
+            "the config has no place for it: correct config.json or remove it"
         )
-    for entry in entries:
-        info = checkpoint.tensors[entry.key]
-        if info.shape != entry.key_shape:
-            raise ValueError(
-                f"{info.file}: {entry.key} has shape {info.shape}; the config wants "
-                f"{entry.key_shape}"
-            )
-        if info.dtype not in SUPPORTED_DTYPES:
-            raise ValueError(
-                f"{info.file}: {entry.key} has dtype {info.dtype}; supported are "
-                f"{', '.join(SUPPORTED_DTYPES)}: dequantize the checkpoint first"
-            )
     return entries
+
+
+def _check(checkpoint: SafetensorsFolder, entry: "mapping.Entry") -> None:
+    info = checkpoint.tensors[entry.key]
+    if info.shape != entry.key_shape:
+        raise ValueError(
+            f"{info.file}: {entry.key} has shape {info.shape}; the config wants {entry.key_shape}"
+        )
+    _check_dtype(checkpoint, entry.key)
+
+
+def _check_dtype(checkpoint: SafetensorsFolder, key: str) -> None:
+    info = checkpoint.tensors[key]
+    if info.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"{info.file}: {key} has dtype {info.dtype}; supported are "
+            f"{', '.join(SUPPORTED_DTYPES)}: dequantize the checkpoint first"
+        )
 
 
 def _text_names(checkpoint: SafetensorsFolder, folder: Path) -> dict[str, str]:
@@ -130,8 +144,16 @@ def _text_names(checkpoint: SafetensorsFolder, folder: Path) -> dict[str, str]:
         warnings.warn(
             f"{folder}: {len(vision)} tensors of the vision model are not loaded", stacklevel=4
         )
-    rest = set(checkpoint.tensors) - set(vision)
-    return {key.removeprefix(prefix): key for key in rest}
+    names: dict[str, str] = {}
+    for key in sorted(set(checkpoint.tensors) - set(vision)):
+        short = key.removeprefix(prefix)
+        if short in names:
+            raise ValueError(
+                f"{checkpoint.tensors[key].file}: {short} is there with and without the prefix "
+                f"{prefix!r}; remove one of the two"
+            )
+        names[short] = key
+    return names
 
 
 def _redundant(checkpoint: SafetensorsFolder, key: str, config: ModelConfig) -> bool:
@@ -143,6 +165,8 @@ def _redundant(checkpoint: SafetensorsFolder, key: str, config: ModelConfig) -> 
     embedding = key.replace("lm_head.weight", "model.embed_tokens.weight")
     if embedding not in checkpoint.tensors:
         return False
+    for name in (key, embedding):
+        _check_dtype(checkpoint, name)
     if not np.array_equal(checkpoint.read(key), checkpoint.read(embedding)):
         raise ValueError(
             f"{checkpoint.tensors[key].file}: {key} differs from {embedding}, but the config says "
@@ -153,7 +177,7 @@ def _redundant(checkpoint: SafetensorsFolder, key: str, config: ModelConfig) -> 
 
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"{keys[0]}{more} {'are' if more else 'is'}"
+    return f"{printable(keys[0])}{more} {'are' if more else 'is'}"
 
 
 def _read_leaf(
@@ -162,7 +186,9 @@ def _read_leaf(
     spec: ParamSpec,
     wanted: np.dtype | None,
 ) -> jax.Array:
-    stored = np.result_type(*{_NUMPY_DTYPES[checkpoint.tensors[e.key].dtype] for e in group})
+    # One array holds all layers: of several stored dtypes it takes the wider.
+    kinds = [_NUMPY_DTYPES[checkpoint.tensors[entry.key].dtype] for entry in group]
+    stored = jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, kinds))
     dtype = np.dtype(np.float32) if spec.fp32 else wanted or stored
     buffer = _aligned(spec.shape, dtype)
     for entry in group:
@@ -172,7 +198,7 @@ def _read_leaf(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % _ALIGNMENT
     return raw[offset : offset + size].view(dtype).reshape(shape)

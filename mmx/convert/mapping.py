@@ -7,6 +7,7 @@ and channels have axes of their own. `entries` expands the rows over layers and 
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -183,5 +184,5 @@ def _fused_entry(
 def _out_in(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """[out, in] of a matrix: output projections split their input into heads, others the output."""
     if path.endswith("attention/out_proj"):
-        return shape[-1], int(np.prod(shape[:-1]))
-    return int(np.prod(shape[1:])), shape[0]
+        return shape[-1], math.prod(shape[:-1])
+    return math.prod(shape[1:]), shape[0]

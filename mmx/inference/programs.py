@@ -51,7 +51,7 @@ def generate(
       ValueError: arguments out of range, an empty row, more tokens than `config.max_seq_len`.
     """
     check_tokens(tokens, config, mask=mask)
-    _check_sampling(config, max_new_tokens, temperature, top_p, top_k, stop_ids)
+    _check_sampling(config, max_new_tokens, temperature, top_p, top_k, seed, stop_ids)
     length = tokens.shape[1] + max_new_tokens
     if length > config.max_seq_len:
         raise ValueError(
@@ -63,8 +63,9 @@ def generate(
         raise ValueError(f"row {row} of mask has no token; every prompt needs at least one")
     tokens = jnp.asarray(tokens, jnp.int32)
     cache, logits = _prefill(params, tokens, mask, config, length, implementation)
-    options = (float(temperature), float(top_p), int(top_k), tuple(int(i) for i in stop_ids))
-    key = jax.random.key(seed)
+    top_k = min(int(top_k), config.vocab_size)
+    options = (float(temperature), float(top_p), top_k, tuple(int(i) for i in stop_ids))
+    key = jax.random.key(int(seed))
     out, _ = _decode(params, cache, logits, key, config, max_new_tokens, options, implementation)
     return out
 
@@ -137,7 +138,7 @@ def _decode(
     return out, cache
 
 
-def _check_sampling(config, max_new_tokens, temperature, top_p, top_k, stop_ids) -> None:
+def _check_sampling(config, max_new_tokens, temperature, top_p, top_k, seed, stop_ids) -> None:
     def require(ok: bool, name: str, value: object, wanted: str) -> None:
         if not ok:
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
@@ -146,5 +147,6 @@ def _check_sampling(config, max_new_tokens, temperature, top_p, top_k, stop_ids)
     require(0 <= temperature < float("inf"), "temperature", temperature, "0 or more")
     require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
     require(top_k >= 0, "top_k", top_k, "0 (all tokens) or more")
+    require(-(2**63) <= seed < 2**63, "seed", seed, "a 64-bit integer")
     for stop in stop_ids:
         require(0 <= stop < config.vocab_size, "stop_ids", stop, f"below {config.vocab_size}")
