@@ -5,6 +5,8 @@
 .DEFAULT_GOAL := setup
 
 STAMP := .venv/.installed
+# libtpu compiles for TPUs without one. Beside the environment, not in it: jax would look for a TPU.
+TPU_COMPILER := .venv/libtpu/.installed
 
 setup: $(STAMP)
 
@@ -12,10 +14,14 @@ $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	sh tools/setup.sh
 	touch $@
 
+$(TPU_COMPILER): $(STAMP)
+	sh tools/setup.sh tpu-compiler
+	touch $@
+
 demo: $(STAMP)
 	.venv/bin/python -m recipes.demo
 
-test: $(STAMP)
+test: $(STAMP) $(TPU_COMPILER)
 	.venv/bin/python -m pytest -n auto
 
 lint: $(STAMP)

@@ -33,6 +33,11 @@ find_python() {
 }
 
 uv=$(find_uv)
+if [ "${1:-}" = tpu-compiler ]; then
+    "$uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt \
+        --no-deps --target .venv/libtpu libtpu
+    exit
+fi
 python=$(find_python)
 say "using $python"
 rm -rf .venv
