@@ -165,8 +165,8 @@ def _read_released(fields: Mapping[str, Any], ours: dict[str, Any], used: set[st
         raise ValueError(
             f"config.json: rope_scaling is {fields['rope_scaling']!r}; only null is supported"
         )
-    used |= {*_RELEASED_RESIDUALS, "attn_type_list", "layer_types", "postnorm", "rotary_dim",
-             "rope_scaling", "rope_theta", "shared_intermediate_size", "shared_moe_mode"}  # fmt: skip
+    used |= {*_RELEASED_RESIDUALS, "attn_type_list", "layer_types", "postnorm", "rotary_dim"}
+    used |= {"rope_scaling", "rope_theta", "shared_intermediate_size", "shared_moe_mode"}
     ours["layer_kinds"] = _layer_kinds(fields, "attn_type_list", _KIND_OF_NUMBER)
     for key, name in _RELEASED_RESIDUALS.items():
         ours[name] = fields.get(key, 1.0)

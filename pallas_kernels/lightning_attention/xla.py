@@ -71,12 +71,13 @@ def _chunk(slopes, carry, inputs):
 
     reads = real & (runs == entering_run[:, None])
     from_start = _decay(slopes, count, reads)  # [b, H, C]
-    inter = einsum("bihk,bhkv->bihv", q, state.astype(q.dtype)) * from_start.mT[..., None]
+    # Products with the state in fp32 whatever the inputs: it is what a model remembers.
+    inter = einsum("bihk,bhkv->bihv", q.astype(state.dtype), state) * from_start.mT[..., None]
 
     writes = real & (runs == last_run[:, None])
     to_end = _decay(slopes, count[:, -1:] - count, writes)  # [b, H, C]
-    decayed_v = (v * to_end.mT[..., None]).astype(v.dtype)
-    written = einsum("bjhk,bjhv->bhkv", k, decayed_v)
+    decayed_v = v.astype(state.dtype) * to_end.mT[..., None]
+    written = einsum("bjhk,bjhv->bhkv", k.astype(state.dtype), decayed_v)
     kept = jnp.where(
         (last_run == entering_run)[:, None],
         jnp.expm1(-slopes * count[:, -1:]),
