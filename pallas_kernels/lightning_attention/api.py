@@ -59,7 +59,7 @@ def lightning_attention(
         raise ValueError(f"{name}: q has shape {q.shape}; it must be [B, T, H, K], none of them 0")
     batch, length, heads, key_dim = q.shape
     dispatch.require_shape(name, "k", k, q.shape)
-    dispatch.require_shape(name, "v", v, (batch, length, heads, max(1, *v.shape[-1:])))
+    dispatch.require_shape(name, "v", v, (batch, length, heads, max((1, *v.shape[-1:]))))
     _check_slopes(name, decay_slopes, heads)
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
     if initial_state is not None:
@@ -103,7 +103,7 @@ def lightning_decode_step(
     if q.ndim != 3:
         raise ValueError(f"{name}: q has shape {q.shape}; it must be [B, H, K]")
     dispatch.require_shape(name, "k", k, q.shape)
-    dispatch.require_shape(name, "v", v, (*q.shape[:2], max(1, *v.shape[-1:])))
+    dispatch.require_shape(name, "v", v, (*q.shape[:2], max((1, *v.shape[-1:]))))
     dispatch.require_shape(name, "state", state, (*q.shape, v.shape[2]))
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
     dispatch.require_floating(name, state=state)

@@ -57,7 +57,7 @@ def softmax_attention(
     batch, length, heads, key_dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
     dispatch.require_shape(name, "k", k, (batch, kv_length, kv_heads, key_dim))
-    dispatch.require_shape(name, "v", v, (batch, kv_length, kv_heads, max(1, *v.shape[-1:])))
+    dispatch.require_shape(name, "v", v, (batch, kv_length, kv_heads, max((1, *v.shape[-1:]))))
     if heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
