@@ -4,12 +4,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import gpu_hopper, reference, xla
+from pallas_kernels.lightning_attention import gpu_hopper, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation(
         "pallas_gpu", gpu_hopper.lightning_attention, unsupported=gpu_hopper.unsupported
     ),
+    dispatch.Implementation("pallas_tpu", tpu.lightning_attention, unsupported=tpu.unsupported),
     dispatch.Implementation("xla", xla.lightning_attention),
     dispatch.Implementation("reference", reference.lightning_attention, automatic=False),
 )
@@ -45,7 +46,7 @@ def lightning_attention(
       segment_ids: ids of packed samples, each one contiguous run; None means one segment a row.
       chunk_size: tokens handled at once by chunked implementations (256 when None). It changes the
         speed, and the result only by rounding.
-      implementation: 'pallas_gpu', 'xla', 'reference', or None for the best on this platform.
+      implementation: 'pallas_gpu', 'pallas_tpu', 'xla', 'reference'; None is the best available.
 
     Returns:
       The output in the dtype of `v`, and the final state in fp32.

@@ -1,0 +1,186 @@
+"""The TPU kernels in the TPU interpreter, and compiled for every TPU that libtpu knows."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import kernel_cases
+import numpy as np
+import pytest
+import truth
+from jax.sharding import AbstractDevice, AbstractMesh
+from kernel_cases import TOLERANCE, LightningCase, _runs, check_close, check_lightning, named
+
+from pallas_kernels.lightning_attention import tpu
+
+C = tpu.CHUNK
+
+_PACKED = (
+    _runs((1, 50), (2, 78), (3, 128), (4, 1), (5, 343)),  # borders on chunk borders and off them
+    _runs((7, 300), (2, 212), (9, 88)),  # 512 is also where a grid step ends
+)
+_PADDED = (
+    _runs((0, 140), (1, 460)),
+    _runs((1, 100), (0, 300), (1, 160), (0, 40)),  # padding longer than a chunk inside one sample
+    _runs((0, 600)),
+)
+_BOTH = (
+    _runs((0, 30), (4, 98), (0, 150), (4, 20), (5, 214), (0, 60), (6, 28)),
+    tuple(i % 2 + (i > 300) for i in range(600)),  # every second token is padding, then none
+)
+CASES = (
+    # Many channels: over 16 numbers a bf16 error would be a matter of luck.
+    LightningCase("one_token", 1, initial_state=True, key_dim=64, value_dim=64),
+    LightningCase("chunk_minus_one", C - 1, initial_state=True),
+    LightningCase("chunk", C),
+    LightningCase("chunk_plus_one", C + 1, initial_state=True),
+    LightningCase("steps_and_remainder", 600, initial_state=True),
+    LightningCase("whole_steps", 1024, initial_state=True),
+    LightningCase("wide_values", 150, initial_state=True, key_dim=96, value_dim=130),
+    LightningCase("packed", 600, initial_state=True, segments=_PACKED),
+    LightningCase("padded", 600, initial_state=True, segments=_PADDED),
+    LightningCase("packed_and_padded", 600, segments=_BOTH),
+    LightningCase("padding_token", 1, initial_state=True, segments=((0,), *((1,),) * 5)),
+)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Let `check_lightning` call the kernel, which the public function offers on TPUs only."""
+
+    def attend(q, k, v, slopes, *, initial_state, segment_ids, chunk_size, implementation):
+        del chunk_size, implementation
+        return tpu._lightning_attention(q, k, v, slopes, initial_state, segment_ids, interpret=True)
+
+    monkeypatch.setattr(kernel_cases, "lightning_attention", attend)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", **named(CASES))
+def test_kernel_equals_the_recurrence(case, dtype):
+    check_lightning(case, dtype, implementation=None, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+def test_heads_that_four_does_not_divide(heads):
+    rng = np.random.default_rng(heads)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 140, heads, 4)), jnp.bfloat16) for _ in "qkv")
+    slopes = jnp.linspace(0, 1, heads)
+    out, state = tpu._lightning_attention(q, k, v, slopes, None, None, interpret=True)
+    true = truth.lightning(q, k, v, slopes, None, None, np.zeros(v.shape), np.zeros(state.shape))
+    check_close(out, true.out, TOLERANCE[jnp.bfloat16], "output", axis=2)
+    check_close(state, true.final_state, TOLERANCE[jnp.bfloat16], "final_state", axis=1)
+
+
+def test_slow_decay_is_not_lost():
+    # expm1 in the kernel: two dozen chunks of the slowest head against the exact power.
+    slopes = jnp.asarray([0, 4.9e-5, 1e-3, 0.01], jnp.float32)
+    x = jnp.zeros((1, 24 * C, 4, 8), jnp.float32)
+    state = jnp.ones((1, 4, 8, 8))
+    _, final = tpu._lightning_attention(x, x, x, slopes, state, None, interpret=True)
+    wanted = np.exp(-24 * C * np.asarray(slopes, np.float64))
+    # One rounding of 6e-8 a chunk, unbiased.
+    np.testing.assert_allclose(np.asarray(final)[0, :, 0, 0], wanted, rtol=1e-6)
+
+
+def _arguments(dtype=jnp.bfloat16, key_dim=128):
+    x = jax.ShapeDtypeStruct((1, 8, 4, key_dim), dtype)
+    slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
+    return (x, x, x, slopes), dict(initial_state=None, segment_ids=None, chunk_size=8)
+
+
+def test_what_is_unsupported():
+    arrays, options = _arguments()
+    assert "platform 'cpu'" in str(tpu.unsupported(*arrays, **options))
+    device = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        assert tpu.unsupported(*arrays, **options) is None
+        arrays, options = _arguments(dtype=jnp.float64)
+        assert "dtype float64" in str(tpu.unsupported(*arrays, **options))
+        arrays, options = _arguments(key_dim=384)
+        assert "K=384" in str(tpu.unsupported(*arrays, **options))
+
+
+COMPILE = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from pallas_kernels.lightning_attention import tpu
+
+CHIPS = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:2x2", {}),
+    "tpu7x": ("tpu7x:2x2x1", {}),
+}
+# First: more than a grid step, no multiple of the chunk, and arrays of the size that XLA likes to
+# move into VMEM as a whole.
+SHAPES = [(1100, 32, 128, jnp.bfloat16), (300, 2, 64, jnp.float32), (300, 2, 256, jnp.bfloat16)]
+
+def compile_one(device, shape, segmented, gradient):
+    length, heads, head_dim, dtype = shape
+    place = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype, sharding=place)
+    slopes = jax.ShapeDtypeStruct((heads,), jnp.float32, sharding=place)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place) if segmented else None
+
+    def attend(q, k, v, slopes, ids):
+        return tpu.lightning_attention(
+            q, k, v, slopes, initial_state=None, segment_ids=ids, chunk_size=128
+        )
+
+    def backward(q, k, v, slopes, ids):
+        results, back = jax.vjp(lambda q, k, v: attend(q, k, v, slopes, ids), q, k, v)
+        return results, back(results)
+
+    function = jax.jit(backward if gradient else attend)
+    lowered = function.trace(x, x, x, slopes, ids).lower(lowering_platforms=("tpu",))
+    assert lowered.compile().as_text().count("tpu_custom_call") == 1 + gradient
+
+for chip, (name, options) in CHIPS.items():
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    # Everything for the first shape; the rest, which compile slowly, once a chip each.
+    cases = [(SHAPES[0], segmented, gradient) for segmented in (0, 1) for gradient in (0, 1)]
+    for shape, segmented, gradient in [*cases, (SHAPES[1], 0, 1), (SHAPES[2], 1, 1)]:
+        case = f"{chip} {shape[:3]} segmented={segmented} gradient={gradient}"
+        try:
+            compile_one(topology.devices[0], shape, segmented, gradient)
+        except Exception as error:
+            print(json.dumps([case, f"{type(error).__name__}: {error}"[:500]]), flush=True)
+        else:
+            print(json.dumps([case, None]), flush=True)
+"""
+
+
+# `make test` puts libtpu there: inside the environment it would make jax look for a TPU.
+BESIDE = Path(sys.prefix) / "libtpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not (BESIDE / "libtpu").is_dir(),
+    reason="libtpu, the TPU compiler, is not installed",
+)
+@pytest.mark.timeout(900)
+def test_compiles_for_every_tpu():
+    settings = dict(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    settings["PYTHONPATH"] = os.pathsep.join((str(BESIDE), str(Path(__file__).parents[1])))
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(seen) == 5 * 6
+    assert [case for case in seen if case[1] is not None] == []
