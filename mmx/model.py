@@ -22,9 +22,8 @@ from mmx import config as configuration
 from mmx.config import ModelConfig
 from mmx.inference.cache import Cache
 from mmx.nn import layers
-from mmx.nn.block import Execution, Memory, Superblock
+from mmx.nn.block import Execution, LayerStats, Memory, Superblock
 from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
-from mmx.nn.moe import RouterStats
 from mmx.nn.sequence import describe
 from pallas_kernels.dispatch import concrete
 
@@ -49,7 +48,7 @@ class ForwardOutput:
     logits: Float[Array, "B T vocab"]
     cache: Cache | None
     hidden: Float[Array, "layers B T D"] | None
-    aux: RouterStats
+    aux: LayerStats
 
 
 class _Modules(nnx.Module):
@@ -212,12 +211,19 @@ def backbone(
     return_hidden: bool = False,
     remat: Remat = "none",
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "layers B T D"] | None, RouterStats]:
-    """Everything but the head: see `forward`. Returns activations after the final norm."""
+    capacity_factor: float | None = None,
+    statistics: bool = False,
+) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "layers B T D"] | None, LayerStats]:
+    """Everything but the head: see `forward`. Returns activations after the final norm.
+
+    `capacity_factor` and `statistics` are for training: see `Execution`.
+    """
     if remat not in ("none", "superblock", "layer"):
         raise ValueError(f"remat is {remat!r}; it must be 'none', 'superblock' or 'layer'")
     modules = _modules(config)
-    execution = Execution(return_hidden, remat == "layer", implementation)
+    execution = Execution(
+        return_hidden, remat == "layer", implementation, capacity_factor, statistics
+    )
     batch, length = tokens.shape
     sequence, advanced = describe((batch, length), mask, segment_ids, cache)
     memory = None
@@ -261,7 +267,7 @@ def backbone(
             }
         )
     hidden = jnp.concatenate([embedded[None], inner[:-1], x[None]]) if return_hidden else None
-    return x, advanced, hidden, cast(RouterStats, stats)
+    return x, advanced, hidden, cast(LayerStats, stats)
 
 
 def check_tokens(

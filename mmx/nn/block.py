@@ -30,17 +30,35 @@ class Memory:
 
 @dataclass(frozen=True)
 class Execution:
-    """How to run layers, none of which changes their result: static options.
+    """How to run layers: static options, none of which changes their result but `capacity_factor`.
 
     Attributes:
       keep_hidden: also return each layer's output and router logits.
       remat_layers: recompute each layer in the backward pass.
       implementation: of the kernels; None lets the platform choose.
+      capacity_factor: drop what experts have no room for (`moe.within_capacity`); None drops
+        nothing.
+      statistics: also fill in the optional fields of `LayerStats`.
     """
 
     keep_hidden: bool = False
     remat_layers: bool = False
     implementation: str | None = None
+    capacity_factor: float | None = None
+    statistics: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerStats(RouterStats):
+    """What a layer reports of itself: `RouterStats`, and how large its lightning state has grown.
+
+    Attributes:
+      state_mean_square: mean square of the lightning state after the last token of each row, 0 for
+        a softmax layer; with statistics.
+    """
+
+    state_mean_square: Float[Array, "*layers"] | None = None
 
 
 class Layer(nnx.Module):
@@ -72,8 +90,8 @@ class Layer(nnx.Module):
         decay_slopes: Float[Array, "H"],
         memory: Any,
         execution: Execution,
-    ) -> tuple[Float[Array, "B T D"], Any, RouterStats]:
-        """Return the output, the layer's memory (state or slots) and its router statistics."""
+    ) -> tuple[Float[Array, "B T D"], Any, LayerStats]:
+        """Return the output, the layer's memory (state or slots) and its statistics."""
         normed = self.attention_norm(x)
         with jax.named_scope(f"{self.kind}_attention"):
             if isinstance(self.attention, LightningAttention):
@@ -92,11 +110,17 @@ class Layer(nnx.Module):
                 sequence.real,
                 keep_logits=execution.keep_hidden,
                 implementation=execution.implementation,
+                capacity_factor=execution.capacity_factor,
+                statistics=execution.statistics,
             )
+        state_mean_square = None
+        if execution.statistics:
+            state = memory if self.kind == "lightning" else jnp.zeros(())
+            state_mean_square = jnp.mean(jnp.square(jax.lax.stop_gradient(state)))
         return (
             _add(self.mlp_alpha, normed if self.post_norm else x, self.mlp_beta, branch),
-            (memory),
-            stats,
+            memory,
+            LayerStats(**vars(stats), state_mean_square=state_mean_square),
         )
 
 
@@ -124,7 +148,7 @@ class Superblock(nnx.Module):
     ) -> tuple[
         Float[Array, "B T D"],
         Memory | None,
-        RouterStats,
+        LayerStats,
         Float[Array, "layers B T D"] | None,
     ]:
         """Run superblock number `index` of the stack; see `Layer`."""
