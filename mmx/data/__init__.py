@@ -1,0 +1,1 @@
+"""Text to token shards, token shards to packed batches."""
