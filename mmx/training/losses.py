@@ -1,6 +1,8 @@
 """Losses, in fp32, of logits and router statistics; and `mmx.loss`, which puts them together."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -9,20 +11,45 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmx.config import ModelConfig
 from mmx.model import Params, Remat, backbone, check_tokens, unembed
+from mmx.nn.block import LayerStats
 from mmx.nn.moe import RouterStats
 
 IGNORED_LABEL = -100
 BalanceLoss = Literal["checkpoint", "paper"]
+# Logits of one block: large enough for full matrix products, small beside the parameters. Blocks
+# are never shorter than this many tokens a row, so that many rows do not make tiny products.
+_BLOCK_BYTES = 1 << 29
+_BLOCK_TOKENS = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossParts:
+    """What `loss_parts` knows beside the total.
+
+    Attributes:
+      cross_entropy, z_loss: means over the targets, without coefficients.
+      balance_loss: without its coefficient.
+      num_targets: positions that count.
+      token_losses: -log softmax(logits)[target] where a position counts, 0 elsewhere.
+      counted: positions that count.
+      stats: of every layer.
+    """
+
+    cross_entropy: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    balance_loss: Float[Array, ""]
+    num_targets: Float[Array, ""]
+    token_losses: Float[Array, "B T"]
+    counted: Bool[Array, "B T"]
+    stats: LayerStats
 
 
 def cross_entropy(
     logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Mean over the counted positions of -log softmax(logits)[target]; 0 when none is counted."""
-    logits = logits.astype(jnp.float32)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
-    return _mean(log_total - chosen[..., 0], counted)
+    return _mean(_token_losses(logits, targets, counted)[0], counted)
 
 
 def z_loss(logits: Float[Array, "B T vocab"], counted: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -36,7 +63,7 @@ def checkpoint_balance_loss(stats: RouterStats) -> Float[Array, ""]:
     f_e is the share of tokens that chose expert e (summing to k), P_e the mean probability; padding
     counts in neither. Perfect balance gives k.
     """
-    tokens = jnp.sum(stats.num_tokens)
+    tokens = jnp.maximum(jnp.sum(stats.num_tokens), 1)
     chosen = jnp.sum(stats.tokens_per_expert, axis=0) / tokens
     probability = jnp.sum(stats.probability_sum, axis=0) / tokens
     return chosen.shape[0] * jnp.sum(chosen * probability)
@@ -48,7 +75,7 @@ def paper_balance_loss(stats: RouterStats) -> Float[Array, ""]:
     The paper multiplies by 0.01. Smaller than the checkpoint's form by E^2, so coefficients are not
     interchangeable.
     """
-    tokens = stats.num_tokens[:, None]
+    tokens = jnp.maximum(stats.num_tokens, 1)[:, None]
     products = (stats.tokens_per_expert / tokens) * (stats.probability_sum / tokens)
     return jnp.sum(products) / products.shape[1]
 
@@ -84,6 +111,8 @@ def loss(
     z_loss_coef: float = 0.0,
     remat: Remat = "none",
     implementation: str | None = None,
+    capacity_factor: float | None = None,
+    loss_blocks: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Next-token loss of a batch: cross entropy + balance loss + z-loss, each with its coefficient.
 
@@ -96,6 +125,10 @@ def loss(
       balance_coef: its coefficient; `config.router_aux_loss_coef` when None.
       z_loss_coef: coefficient of the z-loss.
       remat, implementation: as for `mmx.forward`.
+      capacity_factor: room of each expert, 1 being perfect balance; None drops nothing
+        (`mmx.nn.moe.within_capacity`).
+      loss_blocks: cut the sequence into so many blocks of which only one has logits at a time; None
+        chooses by the size of the logits. Changes memory, not results.
 
     Returns:
       The total, and a dict of 'cross_entropy', 'balance_loss', 'z_loss' (without coefficients) and
@@ -104,41 +137,153 @@ def loss(
     Raises:
       ValueError: a batch without tokens, arrays of the wrong shape or dtype, an unknown loss.
     """
+    total, parts = loss_parts(
+        params,
+        batch,
+        config,
+        balance_loss=balance_loss,
+        balance_coef=balance_coef,
+        z_loss_coef=z_loss_coef,
+        remat=remat,
+        implementation=implementation,
+        capacity_factor=capacity_factor,
+        loss_blocks=loss_blocks,
+        statistics=False,
+    )
+    names = ("cross_entropy", "balance_loss", "z_loss", "num_targets")
+    return total, {name: getattr(parts, name) for name in names}
+
+
+def loss_parts(
+    params: Params,
+    batch: Mapping[str, Array],
+    config: ModelConfig,
+    *,
+    balance_loss: BalanceLoss = "checkpoint",
+    balance_coef: float | None = None,
+    z_loss_coef: float = 0.0,
+    remat: Remat = "none",
+    implementation: str | None = None,
+    capacity_factor: float | None = None,
+    loss_blocks: int | None = None,
+    statistics: bool = True,
+) -> tuple[Float[Array, ""], LossParts]:
+    """`loss` with everything it knows: losses of single tokens and statistics of the layers."""
     forms = {"checkpoint": checkpoint_balance_loss, "paper": paper_balance_loss}
     if balance_loss not in forms:
         raise ValueError(f"balance_loss is {balance_loss!r}; it must be 'checkpoint' or 'paper'")
+    check_batch(batch, config)
+    x, _, _, stats = backbone(
+        params,
+        batch["tokens"],
+        config,
+        mask=batch.get("mask"),
+        segment_ids=batch.get("segment_ids"),
+        remat=remat,
+        implementation=implementation,
+        capacity_factor=capacity_factor,
+        statistics=statistics,
+    )
+    targets, counted = next_token_targets(batch)
+    token_losses, log_totals = blockwise_token_losses(
+        params, x, targets, counted, config, blocks=loss_blocks
+    )
+    parts = LossParts(
+        cross_entropy=_mean(token_losses, counted),
+        z_loss=_mean(jnp.square(log_totals), counted),
+        balance_loss=forms[balance_loss](stats),
+        num_targets=jnp.sum(counted).astype(jnp.float32),
+        token_losses=jnp.where(counted, token_losses, 0),
+        counted=counted,
+        stats=stats,
+    )
+    coefficient = config.router_aux_loss_coef if balance_coef is None else balance_coef
+    return (
+        parts.cross_entropy + coefficient * parts.balance_loss + z_loss_coef * parts.z_loss,
+        parts,
+    )
+
+
+def check_batch(batch: Mapping[str, Array], config: ModelConfig) -> None:
+    """Raise ValueError for a batch that `loss` cannot take."""
     unknown = set(batch) - {"tokens", "labels", "mask", "segment_ids"}
     if "tokens" not in batch or unknown:
         raise ValueError(
             f"batch has the keys {sorted(batch)}; it must have 'tokens' and may have 'labels', "
             "'mask', 'segment_ids'"
         )
-    tokens, mask, segment_ids = batch["tokens"], batch.get("mask"), batch.get("segment_ids")
-    check_tokens(tokens, config, mask=mask, segment_ids=segment_ids)
+    tokens = batch["tokens"]
+    check_tokens(tokens, config, mask=batch.get("mask"), segment_ids=batch.get("segment_ids"))
     if "labels" in batch and batch["labels"].shape != tokens.shape:
         raise ValueError(f"labels have shape {batch['labels'].shape}; tokens have {tokens.shape}")
-    x, _, _, stats = backbone(
-        params,
-        tokens,
-        config,
-        mask=mask,
-        segment_ids=segment_ids,
-        remat=remat,
-        implementation=implementation,
+
+
+def blockwise_token_losses(
+    params: Params,
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    config: ModelConfig,
+    *,
+    blocks: int | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """-log softmax(logits)[target] and logsumexp(logits) of each token, one block at a time.
+
+    The backward pass computes the logits of a block again, so that fp32 logits are never there for
+    more than one: at 200k words those of 8K tokens are 6.5 GB.
+
+    Args:
+      params: of the model; only the head is read (the embedding when the two are tied).
+      x: activations after the final norm.
+      targets, counted: from `next_token_targets`. Losses mean nothing where not counted.
+      config: of the model.
+      blocks: how many; None takes as few as keep a block's logits below half a gigabyte.
+
+    Raises:
+      ValueError: blocks below 1.
+    """
+    batch, length = targets.shape
+    if blocks is None:
+        logit_bytes = 4 * batch * length * config.vocab_size
+        blocks = min(math.ceil(logit_bytes / _BLOCK_BYTES), math.ceil(length / _BLOCK_TOKENS))
+    if blocks < 1:
+        raise ValueError(f"loss_blocks is {blocks}; it must be at least 1, or None")
+    if blocks == 1:
+        return _token_losses(unembed(params, x, config), targets, counted)
+    name = "embed" if config.tie_embeddings else "head"
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params[name])
+    # The gradient of the head is a sum over the blocks: in fp32, then rounded once.
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params[name])
+
+    def block(inputs):
+        x, targets, counted = inputs
+        head = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
+        return _token_losses(unembed({name: head}, x, config), targets, counted)
+
+    size = -(-length // blocks)
+
+    def cut(array):
+        # Block n takes every `blocks`-th token from n on: where the sequence is spread over
+        # devices, each of them then has its share of every block.
+        pad = ((0, 0), (0, size * blocks - length)) + ((0, 0),) * (array.ndim - 2)
+        shape = (batch, size, blocks, *array.shape[2:])
+        return jnp.moveaxis(jnp.pad(array, pad).reshape(shape), 2, 0)
+
+    inputs = (cut(x), cut(targets), cut(counted))
+    outputs = jax.lax.map(jax.checkpoint(block, prevent_cse=False), inputs)
+    token_losses, log_totals = (
+        jnp.moveaxis(values, 0, 2).reshape(batch, -1)[:, :length] for values in outputs
     )
-    logits = unembed(params, x, config)
-    targets, counted = next_token_targets(batch)
-    parts = {
-        "cross_entropy": cross_entropy(logits, targets, counted),
-        "balance_loss": forms[balance_loss](stats),
-        "z_loss": z_loss(logits, counted),
-        "num_targets": jnp.sum(counted).astype(jnp.float32),
-    }
-    coefficient = config.router_aux_loss_coef if balance_coef is None else balance_coef
-    total = (
-        parts["cross_entropy"] + coefficient * parts["balance_loss"] + z_loss_coef * parts["z_loss"]
-    )
-    return total, parts
+    return token_losses, log_totals
+
+
+def _token_losses(
+    logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    logits = logits.astype(jnp.float32)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
+    return log_total - chosen[..., 0], log_total
 
 
 def _mean(values: Float[Array, "B T"], counted: Bool[Array, "B T"]) -> Float[Array, ""]:
