@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
     "generate": "continue a prompt with a checkpoint",
+    "verify": "check every byte of a run's checkpoints",
     "data": "build token shards from text",
 }
 
