@@ -20,16 +20,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mmx.data import embedded
 from mmx.data import tokenizer as bpe
-from mmx.data.documents import Document, Reading, Unit, find_units, held_out, read_documents
+from mmx.data.documents import Reading, Unit, held_out
+from mmx.data.parts import Recipe, cut_parts, part_documents
 from mmx.data.shards import (
     FORMAT,
     MANIFEST,
@@ -43,47 +43,8 @@ from mmx.data.shards import (
     write_atomic,
 )
 
-_EMBEDDED_PART_BYTES = 1 << 20
 _MOST_SOURCES = 256
 _SAMPLED_PARTS = 512
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a corpus is made from.
-
-    Attributes:
-      inputs: files and folders, each `PATH` or `NAME=PATH`; none takes the embedded corpus.
-      tokenizer: a tokenizer.json; None trains one on the train split.
-      vocab_size: tokens of a trained tokenizer, at most.
-      end_token: the token that ends a document; None finds it.
-      heldout: fraction of documents, by hash, that no train shard contains.
-      text_field: the field of jsonl and column of parquet that holds the text.
-      on_bad: stop at binary or malformed documents, or count and skip them.
-      part_bytes: text a part, about; a part is made by one worker, a shard for each source.
-      sample_bytes: text that a tokenizer is trained on, about.
-    """
-
-    inputs: tuple[str, ...] = ()
-    tokenizer: Path | None = None
-    vocab_size: int = 8192
-    end_token: str | None = None
-    heldout: float = 0.05
-    text_field: str = "text"
-    on_bad: Literal["error", "skip"] = "error"
-    part_bytes: int = 32 << 20
-    sample_bytes: int = 8 << 20
-
-    def __post_init__(self):
-        if not 0 <= self.heldout < 1:
-            raise ValueError(f"heldout is {self.heldout}; it must be in [0, 1)")
-        if min(self.part_bytes, self.sample_bytes) < 1:
-            raise ValueError("part_bytes and sample_bytes must be positive")
-
-    @property
-    def reading(self) -> Reading:
-        """How documents are read."""
-        return Reading(self.text_field, self.on_bad)
 
 
 class _Job(NamedTuple):
@@ -144,7 +105,7 @@ def build_corpus(
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one is needed")
     out = Path(out_dir)
-    parts = _parts(recipe)
+    parts = cut_parts(recipe)
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         _remove_drafts(out)
@@ -166,33 +127,7 @@ def build_corpus(
     return manifest
 
 
-# ---------------------------------------------------------------- parts
-
-
-def _parts(recipe: Recipe) -> list[tuple[Unit, ...]]:
-    if recipe.inputs:
-        most = recipe.part_bytes
-        units = find_units(recipe.inputs, unit_bytes=most)
-    else:
-        most = min(recipe.part_bytes, _EMBEDDED_PART_BYTES)
-        units = embedded.find_embedded()
-    parts: list[tuple[Unit, ...]] = []
-    part: list[Unit] = []
-    for unit in units:
-        full = sum(u.weight for u in part) + unit.weight > most
-        if part and (full or unit.source != part[0].source):
-            parts.append(tuple(part))
-            part = []
-        part.append(unit)
-    return [*parts, tuple(part)] if part else parts
-
-
-def _documents(units: tuple[Unit, ...], reading: Reading, tally: Counter) -> Iterator[Document]:
-    for unit in units:
-        if unit.kind in embedded.SOURCES:
-            yield from (d for d in embedded.read_embedded(unit) if d.text.strip())
-        else:
-            yield from read_documents(unit, reading, tally)
+# ---------------------------------------------------------------- a part
 
 
 def _build_part(job: _Job) -> None:
@@ -200,7 +135,7 @@ def _build_part(job: _Job) -> None:
     tokenizer = _tokenizer_of(job.folder / TOKENIZER, job.tokenizer_sha256)
     writers: dict[tuple[str, str], ShardWriter] = {}
     tally: Counter[str] = Counter()
-    for document in _documents(job.units, job.reading, tally):
+    for document in part_documents(job.units, job.reading, tally):
         split = SPLITS[held_out(document, job.heldout)]
         key = split, document.source
         if key not in writers:
@@ -396,7 +331,7 @@ def _sample(recipe: Recipe, parts: list[tuple[Unit, ...]]) -> Iterator[str]:
     share = min(1.0, recipe.sample_bytes / max(1, sum(sizes)))
     for part, size in zip(chosen, sizes, strict=True):
         left = size * share
-        for document in _documents(part, recipe.reading, Counter()):
+        for document in part_documents(part, recipe.reading, Counter()):
             if left <= 0:
                 break
             if not held_out(document, recipe.heldout):

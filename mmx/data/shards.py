@@ -169,7 +169,7 @@ class ShardReader:
 
     def __init__(self, folder: Path, shard: Shard):
         self._path, self._shard = folder / shard.file, shard
-        _check_size(self._path, shard.bytes)
+        self.check(folder, shard)
         try:
             self._reader = ArrayRecordReader(str(self._path), _READER)
             records = self._reader.num_records()
@@ -178,15 +178,20 @@ class ShardReader:
         if records != shard.documents:
             raise _corrupt(self._path, f"{records} records where {shard.documents} belong")
 
-    def read(self, index: int) -> Record:
-        """Record `index` of the shard."""
+    @staticmethod
+    def check(folder: Path, shard: Shard) -> None:
+        """Raise a ValueError if a shard's file is missing or has another size; reads nothing."""
+        _check_size(folder / shard.file, shard.bytes)
+
+    def read(self, index: int, *, length: int) -> Record:
+        """Record `index` of the shard, of `length` tokens."""
         try:
             (data,) = self._reader.read([index])
             record = decode_record(data)
         except (ValueError, RuntimeError, OSError, IndexError) as error:
             raise _corrupt(self._path, error) from None
-        if record.source != self._shard.source:
-            raise _corrupt(self._path, f"a record of {record.source!r}")
+        if (record.source, len(record.ids)) != (self._shard.source, length):
+            raise _corrupt(self._path, f"record {index} is another document")
         return record
 
     def close(self) -> None:
