@@ -7,9 +7,13 @@ best one for the platform. This package knows jax only: no model config, no modu
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
 from pallas_kernels.lightning_attention.api import lightning_decode_step as lightning_decode_step
+from pallas_kernels.softmax_attention.api import (
+    attention_block_backward as attention_block_backward,
+)
 from pallas_kernels.softmax_attention.api import softmax_attention as softmax_attention
 
 __all__ = [
+    "attention_block_backward",
     "grouped_matmul",
     "lightning_attention",
     "lightning_decode_step",

@@ -254,7 +254,7 @@ def check_softmax(
                 causal=case.causal,
                 segment_ids=ids,
                 kv_segment_ids=kv_ids,
-                q_offset=q_offset,
+                q_offset=q_offset if case.q_offset else 0,  # traced and not
                 scale=case.scale,
                 return_lse=True,
                 implementation=implementation,

@@ -2,15 +2,21 @@
 
 import math
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.softmax_attention import reference, xla
+from pallas_kernels.softmax_attention import gpu_cudnn, reference, xla
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("cudnn", gpu_cudnn.softmax_attention, gpu_cudnn.unsupported),
     dispatch.Implementation("xla", xla.softmax_attention),
     dispatch.Implementation("reference", reference.softmax_attention, automatic=False),
+)
+BLOCK_IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "cudnn", gpu_cudnn.attention_block_backward, gpu_cudnn.block_unsupported
+    ),
+    dispatch.Implementation("xla", xla.attention_block_backward),
 )
 
 
@@ -42,7 +48,8 @@ def softmax_attention(
       q_offset: index among the keys of the first query; a traced scalar is fine.
       scale: 1/sqrt(K) when None.
       return_lse: also return log sum_s exp(scale q_t . k_s), fp32, natural logarithm.
-      implementation: 'xla', 'reference', or None for the best on this platform.
+      implementation: 'cudnn' (NVIDIA, bf16), 'xla', 'reference', or None for the best that takes
+        these arguments.
 
     Raises:
       ValueError: shapes or dtypes that disagree.
@@ -61,17 +68,53 @@ def softmax_attention(
     if heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
-    if kv_segment_ids is None:
-        if segment_ids is not None and kv_length == length:
+    if segment_ids is not None:
+        dispatch.require_shape(name, "segment_ids", segment_ids, (batch, length))
+        if kv_segment_ids is None and kv_length == length:
             kv_segment_ids = segment_ids
-        else:
-            kv_segment_ids = jnp.ones((batch, kv_length), jnp.int32)
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-    dispatch.require_shape(name, "segment_ids", segment_ids, (batch, length))
-    dispatch.require_shape(name, "kv_segment_ids", kv_segment_ids, (batch, kv_length))
+    if kv_segment_ids is not None:
+        dispatch.require_shape(name, "kv_segment_ids", kv_segment_ids, (batch, kv_length))
     arguments = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
-    arrays = (q, k, v, segment_ids, kv_segment_ids, jnp.asarray(q_offset, jnp.int32))
+    arrays = (q, k, v, segment_ids, kv_segment_ids, q_offset)
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **arguments)
     out, lse = chosen.call(*arrays, **arguments)
     return (out, lse) if return_lse else out
+
+
+def attention_block_backward(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    out: Float[Array, "B T H V"],
+    lse: Float[Array, "B T H"],
+    grad_out: Float[Array, "B T H V"],
+    *,
+    causal: bool = True,
+    segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    q_offset: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G V"]]:
+    """What one block of keys contributes to the gradients of q, k and v (ring attention).
+
+    `out` and `lse` are those of the whole attention, merged over all blocks; the other arguments
+    are as in `softmax_attention`, of this block. The first result summed over the blocks is the
+    gradient of q; the other two are complete for this block's keys.
+
+    Raises:
+      ValueError: shapes or dtypes that disagree.
+      NotImplementedError: a named implementation that cannot take these arguments.
+    """
+    name = "attention_block_backward"
+    batch, length, heads, key_dim = q.shape
+    dispatch.require_shape(name, "k", k, (batch, *k.shape[1:3], key_dim))
+    dispatch.require_shape(name, "v", v, (*k.shape[:3], *v.shape[-1:]))
+    dispatch.require_shape(name, "out", out, (batch, length, heads, *v.shape[-1:]))
+    dispatch.require_shape(name, "grad_out", grad_out, out.shape)
+    dispatch.require_shape(name, "lse", lse, (batch, length, heads))
+    dispatch.require_one_dtype(name, q=q, k=k, v=v, out=out, grad_out=grad_out)
+    arrays = (q, k, v, out, lse, grad_out, segment_ids, kv_segment_ids, q_offset)
+    static = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
+    chosen = dispatch.select(name, BLOCK_IMPLEMENTATIONS, implementation, *arrays, **static)
+    return chosen.call(*arrays, **static)

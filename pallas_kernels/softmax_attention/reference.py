@@ -22,18 +22,34 @@ def visible(
     return mask[:, None, None]
 
 
+def filled(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
+    q_offset: int | Int[Array, ""],
+) -> tuple[Int[Array, "B T"], Int[Array, "B S"], Int[Array, ""]]:
+    """Arrays for what a caller may leave out: ids of None are all 1, the offset becomes int32."""
+    if segment_ids is None:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32)
+    if kv_segment_ids is None:
+        kv_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
+    return segment_ids, kv_segment_ids, jnp.asarray(q_offset, jnp.int32)
+
+
 def softmax_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    segment_ids: Int[Array, "B T"],
-    kv_segment_ids: Int[Array, "B S"],
-    q_offset: Int[Array, ""],
+    segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
+    q_offset: int | Int[Array, ""],
     *,
     causal: bool,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Dense form of `pallas_kernels.softmax_attention`; returns (out, log-sum-exp)."""
+    segment_ids, kv_segment_ids, q_offset = filled(q, k, segment_ids, kv_segment_ids, q_offset)
     batch, length, heads, key_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, key_dim)

@@ -33,24 +33,52 @@ def softmax_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    segment_ids: Int[Array, "B T"],
-    kv_segment_ids: Int[Array, "B S"],
-    q_offset: Int[Array, ""],
+    segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
+    q_offset: int | Int[Array, ""],
     *,
     causal: bool,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Blockwise form of `pallas_kernels.softmax_attention`; returns (out, log-sum-exp)."""
-    batch, length, heads, key_dim = q.shape
-    kv_length, kv_heads = k.shape[1:3]
+    length, kv_length = q.shape[1], k.shape[1]
+    filled = reference.filled(q, k, segment_ids, kv_segment_ids, q_offset)
     if length == 1 or length * kv_length <= DENSE_SCORES:
-        return reference.softmax_attention(
-            q, k, v, segment_ids, kv_segment_ids, q_offset, causal=causal, scale=scale
-        )
+        return reference.softmax_attention(q, k, v, *filled, causal=causal, scale=scale)
     problem = _Problem(causal, scale, min(BLOCK, length), min(BLOCK, kv_length))
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, key_dim)
-    out, lse = _attend(problem, grouped, k, v, segment_ids, kv_segment_ids, q_offset)
-    return out.reshape(batch, length, heads, -1), lse.reshape(batch, length, heads)
+    out, lse = _attend(problem, _by_kv_head(q, k), k, v, *filled)
+    return out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3])
+
+
+def attention_block_backward(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    out: Float[Array, "B T H V"],
+    lse: Float[Array, "B T H"],
+    grad_out: Float[Array, "B T H V"],
+    segment_ids: Int[Array, "B T"] | None,
+    kv_segment_ids: Int[Array, "B S"] | None,
+    q_offset: int | Int[Array, ""],
+    *,
+    causal: bool,
+    scale: float,
+    grad_lse: Float[Array, "B T H"] | None = None,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G V"]]:
+    """`pallas_kernels.attention_block_backward`; `grad_lse` is a gradient that reached the lse."""
+    filled = reference.filled(q, k, segment_ids, kv_segment_ids, q_offset)
+    problem = _Problem(causal, scale, min(BLOCK, q.shape[1]), min(BLOCK, k.shape[1]))
+    grouped, out, grad_out = (_by_kv_head(x, k) for x in (q, out, grad_out))
+    grad_lse = jnp.zeros_like(lse) if grad_lse is None else grad_lse
+    lse, grad_lse = (_by_kv_head(x[..., None], k)[..., 0] for x in (lse, grad_lse))
+    residuals = (grouped, k, v, *filled, out, lse)
+    grad_q, grad_k, grad_v, *_ = _attend_backward(problem, residuals, (grad_out, grad_lse))
+    return grad_q.reshape(q.shape), grad_k, grad_v
+
+
+def _by_kv_head(x, k):
+    """[B, T, H, ...] -> [B, T, G, H/G, ...]."""
+    return x.reshape(*x.shape[:2], k.shape[2], -1, *x.shape[3:])
 
 
 def _attend_primal(

@@ -1,14 +1,3 @@
-# Draft: the grouped matmul on Hopper
-
-Not offered by `pallas_kernels.grouped_matmul`; kept to be finished.
-
-On one H200 (2026-11-23), 65536 rows, 32 groups, 6144 x 9216 in bf16, it ran at 95-100 % of a dense
-product forward and at 88-97 % for the gradient of the matrices. That gradient was right in every
-case. The two products by rows are **wrong** in the blocks of 64 rows that a group begins or ends in
-(`_some_rows` below: the copies of some rows out of shared memory), and right where groups fill
-their blocks. Interpreted on a CPU it is right everywhere.
-
-```python
 """The grouped matmul on Hopper GPUs: persistent, warp-specialised Mosaic GPU kernels.
 
 One CTA a multiprocessor walks over output tiles. Its third warpgroup only loads: it fills a ring
@@ -33,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +54,6 @@ class Config:
       slots: depth of the ring.
       band: row tiles walked through before moving on to the next column tile, so that the CTAs
         at work at one time share both operands through the L2 cache.
-      cluster: 'rows' or 'columns': two CTAs take neighbours along that axis and load the operand
-        they share once, each half of it, by TMA multicast.
     """
 
     rows: int = 128
@@ -74,7 +61,6 @@ class Config:
     depth: int = 64
     slots: int = 4
     band: int = 16
-    cluster: Literal["rows", "columns"] | None = None
 
     def __post_init__(self):
         if self.rows % (64 * MULTIPLIERS) or self.columns % CHUNK or self.depth % 64:
@@ -89,25 +75,8 @@ class Config:
         ring = self.slots * self.depth * (self.rows + self.columns)
         return 2 * (ring + MULTIPLIERS * STAGED * CHUNK * CHUNK) + 1024
 
-    @property
-    def cluster_rows(self) -> int:
-        return self.rows * (2 if self.cluster == "rows" else 1)
 
-    @property
-    def cluster_columns(self) -> int:
-        return self.columns * (2 if self.cluster == "columns" else 1)
-
-
-@dataclass(frozen=True)
-class Configs:
-    """The tiling of the three products."""
-
-    forward: Config = Config()
-    grad_x: Config = Config()
-    grad_w: Config = Config()
-
-
-DEFAULT = Configs()
+DEFAULT = Config()
 
 
 def unsupported(
@@ -128,8 +97,6 @@ def unsupported_arguments(x: Float[Array, "M K"], w: Float[Array, "G K N"]) -> s
         return f"dtypes {x.dtype} and {w.dtype}: both must be bfloat16"
     if 0 in x.shape or 0 in w.shape:
         return f"empty operands, of shapes {x.shape} and {w.shape}"
-    if x.shape[0] % ROW_ALIGNMENT:
-        return f"{x.shape[0]} rows: they must be a multiple of {ROW_ALIGNMENT}"
     if w.shape[1] % COLUMN_ALIGNMENT or w.shape[2] % COLUMN_ALIGNMENT:
         return f"w of shape {w.shape}: the last two sizes must be multiples of {COLUMN_ALIGNMENT}"
     return None
@@ -143,25 +110,28 @@ def grouped_matmul(
     w: Float[Array, "G K N"],
     group_sizes: Int[Array, "G"],
     *,
-    _configs: Configs = DEFAULT,
+    _config: Config = DEFAULT,
 ) -> Float[Array, "M N"]:
-    """`pallas_kernels.grouped_matmul` in bf16; `_configs` is there for benchmarks."""
-    return _grouped_matmul(_configs, x, w, group_sizes)
+    """`pallas_kernels.grouped_matmul` in bf16; `_config` is there for benchmarks."""
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, -rows % ROW_ALIGNMENT), (0, 0)))
+    out: jax.Array = _grouped_matmul(_config, x, w, group_sizes)
+    return out[:rows]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(configs, x, w, group_sizes):
-    return rows_times_matrices(x, w, group_sizes, config=configs.forward)
+def _grouped_matmul(config, x, w, group_sizes):
+    return rows_times_matrices(x, w, group_sizes, config=config)
 
 
-def _forward(configs, x, w, group_sizes):
-    return _grouped_matmul(configs, x, w, group_sizes), (x, w, group_sizes)
+def _forward(config, x, w, group_sizes):
+    return _grouped_matmul(config, x, w, group_sizes), (x, w, group_sizes)
 
 
-def _backward(configs, residuals, grad):
+def _backward(config, residuals, grad):
     x, w, group_sizes = residuals
-    grad_x = rows_times_matrices(grad, w, group_sizes, config=configs.grad_x, transposed=True)
-    return grad_x, rows_times_rows(x, grad, group_sizes, config=configs.grad_w), None
+    grad_x = rows_times_matrices(grad, w, group_sizes, config=config, transposed=True)
+    return grad_x, rows_times_rows(x, grad, group_sizes, config=config), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
@@ -232,8 +202,7 @@ def _load_tiles(config: Config, product: _Product, loaded, consumed):
 
         return lax.fori_loop(0, tile.steps, step, carry)
 
-    # No CTA may leave while its neighbour still signals into its shared memory.
-    for slot in range(config.slots):
+    for slot in range(config.slots):  # leave no phase of a barrier unobserved
         plgpu.barrier_wait(consumed.at[slot])
 
 
@@ -299,7 +268,6 @@ def _swizzled(*shape: int):
 
 def _launch(config: Config, body, out_type, slot_shapes, *args, scratch=()):
     """Run `body(*args, out, a_ring, b_ring, loaded, consumed, staged, *scratch)` on every CTA."""
-    size = 1 if config.cluster is None else 2
     slots = config.slots
     kernel = plgpu.kernel(
         body,
@@ -307,35 +275,15 @@ def _launch(config: Config, body, out_type, slot_shapes, *args, scratch=()):
         scratch_types=(
             *(_swizzled(slots, *shape) for shape in slot_shapes),
             plgpu.Barrier(num_arrivals=len(slot_shapes), num_barriers=slots),
-            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=slots)
-            if config.cluster is None
-            else plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=MULTIPLIERS, num_barriers=slots
-            ),
+            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=slots),
             *scratch,
         ),
-        grid=(platform.gpu_cores() // size,),
+        grid=(platform.gpu_cores(),),
         grid_names=("cta",),
-        cluster=(size,),
-        cluster_names=("cluster",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
     )
     return kernel(*args)
-
-
-def _cluster_offsets(config: Config):
-    """First row and first column of this CTA within its cluster's tile."""
-    index = lax.axis_index("cluster")
-    return (
-        index * config.rows if config.cluster == "rows" else 0,
-        index * config.columns if config.cluster == "columns" else 0,
-    )
-
-
-def _shared(config: Config, axis: str) -> str | None:
-    """`collective_axes` of a copy of the operand that neighbours along `axis` have in common."""
-    return "cluster" if config.cluster == axis else None
 
 
 def _store_chunk(result, staged, warpgroup, index, row, column, target):
@@ -405,7 +353,7 @@ def rows_times_matrices(
     columns = w.shape[1 if transposed else 2]
     steps = -(-contracted // config.depth)
     half = config.rows // MULTIPLIERS
-    tiles = _row_tiles(group_sizes, rows, config.cluster_rows)
+    tiles = _row_tiles(group_sizes, rows, config.rows)
 
     def body(
         count,
@@ -423,19 +371,18 @@ def rows_times_matrices(
         staging,
     ):
         staged, plain = staging
-        row_offset, column_offset = _cluster_offsets(config)
 
         def tile(index):
             row_tile, column_tile = plgpu.planar_snake(
-                index, (count[0], -(-columns // config.cluster_columns)), 0, config.band
+                index, (count[0], -(-columns // config.columns)), 0, config.band
             )
             group = groups_[row_tile]
             place = (
                 group,
-                pl.multiple_of(first[row_tile] + row_offset, ROW_ALIGNMENT),
+                pl.multiple_of(first[row_tile], ROW_ALIGNMENT),
                 begin[row_tile],
                 end[row_tile],
-                column_tile * config.cluster_columns + column_offset,
+                column_tile * config.columns,
             )
             return _Tile(jnp.where(group == groups, 0, steps), place)
 
@@ -447,13 +394,11 @@ def rows_times_matrices(
                 x_ref.at[pl.ds(row, config.rows), depth],
                 x_ring.at[slot],
                 loaded.at[slot],
-                collective_axes=_shared(config, "columns"),
             )
             plgpu.copy_gmem_to_smem(
                 w_ref.at[group, column, depth] if transposed else w_ref.at[group, depth, column],
                 w_ring.at[slot],
                 loaded.at[slot],
-                collective_axes=_shared(config, "rows"),
             )
 
         def multiply(acc, slot, warpgroup):
@@ -483,7 +428,7 @@ def rows_times_matrices(
                 def _some_rows():
                     # A copy has a static height: one for each bit of the number of rows.
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    buffer = plain.at[warpgroup]
+                    buffer = plain.at[warpgroup, 0]
                     buffer[...] = result[row : row + CHUNK, column : column + CHUNK]
                     plgpu.commit_smem()
                     for bit in reversed(range(int(math.log2(CHUNK)))):
@@ -501,7 +446,7 @@ def rows_times_matrices(
             for index, row, column in _chunks(config):
                 store_chunk(index, row, column)
 
-        count_ = count[0] * -(-columns // config.cluster_columns)
+        count_ = count[0] * -(-columns // config.columns)
         _walk(config, _Product(count_, tile, load, None, multiply, store), loaded, consumed)
 
     return _launch(
@@ -516,9 +461,9 @@ def rows_times_matrices(
         x,
         w,
         scratch=(
-            plgpu.RefUnion(
+            plgpu.RefUnion(  # of one shape, so that the warpgroups' parts lie apart in both
                 _swizzled(MULTIPLIERS, STAGED, CHUNK, CHUNK),
-                plgpu.SMEM((MULTIPLIERS, CHUNK, CHUNK), jnp.bfloat16),
+                plgpu.SMEM((MULTIPLIERS, STAGED, CHUNK, CHUNK), jnp.bfloat16),
             ),
         ),
     )
@@ -538,14 +483,13 @@ def rows_times_rows(
     groups = group_sizes.shape[0]
     height, width = x.shape[1], y.shape[1]
     half = config.rows // MULTIPLIERS
-    row_tiles, column_tiles = -(-height // config.cluster_rows), -(-width // config.cluster_columns)
+    row_tiles, column_tiles = -(-height // config.rows), -(-width // config.columns)
     sizes = group_sizes.astype(jnp.int32)
     ends = jnp.cumsum(sizes)
 
     def body(
         first, begin, end, x_ref, y_ref, out, x_ring, y_ring, loaded, consumed, staged, cleared
     ):
-        row_offset, column_offset = _cluster_offsets(config)
 
         def tile(index):
             group = lax.div(index, jnp.int32(row_tiles * column_tiles))
@@ -558,8 +502,8 @@ def rows_times_rows(
             low, size = begin[group] - first[group], end[group] - first[group]
             dirty_head = ((low > 0) & (size > low)).astype(jnp.int32)
             depth = jnp.int32(config.depth)
-            row = row_tile * config.cluster_rows + row_offset
-            column = column_tile * config.cluster_columns + column_offset
+            row = row_tile * config.rows
+            column = column_tile * config.columns
             return _Tile(
                 jnp.where(size > low, lax.div(size + (depth - 1), depth), 0),
                 (group, pl.multiple_of(first[group], ROW_ALIGNMENT), low, size, row, column),
@@ -573,13 +517,11 @@ def rows_times_rows(
                 x_ref.at[depth, pl.ds(row, config.rows)],
                 x_ring.at[slot],
                 loaded.at[slot],
-                collective_axes=_shared(config, "columns"),
             )
             plgpu.copy_gmem_to_smem(
                 y_ref.at[depth, pl.ds(column, config.columns)],
                 y_ring.at[slot],
                 loaded.at[slot],
-                collective_axes=_shared(config, "rows"),
             )
 
         def clear(tile, step, slot, warpgroup):
@@ -632,4 +574,3 @@ def rows_times_rows(
             plgpu.Barrier(num_arrivals=MULTIPLIERS),
         ),
     )
-```
