@@ -190,7 +190,7 @@ class Checkpoints:
 
         Args:
           step: one of `steps()`.
-        abstract_state: the tree that was saved, of `jax.ShapeDtypeStruct`s or arrays; leaves are
+          abstract_state: the tree that was saved, of `jax.ShapeDtypeStruct`s or arrays; leaves are
             placed on their shardings, whatever the devices were that saved them. One without a
             sharding, or an array that was never placed, is left uncommitted.
           config: entries that must be equal to those saved; others are not compared.

@@ -50,7 +50,7 @@ def _placed(data: jax.Array | None, leaf: Any) -> jax.Array:
     if data is None:
         return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), sharding)
     if sharding is None:
-        data = jnp.asarray(np.asarray(data))  # not committed to the device it was read on
+        data = jnp.array(np.asarray(data))  # not committed to the device it was read on
     return (
         jax.random.wrap_key_data(data, impl=_key_impl(leaf.dtype)) if _is_key(leaf.dtype) else data
     )
