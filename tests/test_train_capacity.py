@@ -183,7 +183,7 @@ def test_blocks_never_hold_all_logits():
 
 
 def test_gradient_of_a_bf16_head_is_summed_in_fp32():
-    """Each block rounds its part, 1.5 times the error of rounding the sum; a sum in bf16: 6 times."""
+    """Each block rounds its part, 1.5 times the error of rounding once; a sum in bf16: 6 times."""
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(2, 256, 24)), jnp.bfloat16)
     targets = rng.integers(0, 40, (2, 256)).astype(np.int32)

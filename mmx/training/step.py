@@ -265,7 +265,7 @@ def _update(
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
     """The state after these gradients, and the metrics of the step."""
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     # Nothing to learn from is nothing to record either; NaN makes it a skipped step.
     judged = jnp.where(num_targets > 0, sums.loss, jnp.nan)
     skip, guard = judge(
@@ -287,8 +287,8 @@ def _update(
     metrics = measuring.from_sums(sums, config, num_micro_batches=accumulation) | {
         "num_targets": num_targets,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(params),
-        "update_norm": jnp.where(skip, 0, optax.global_norm(updates)),
+        "param_norm": optax.tree.norm(params),
+        "update_norm": jnp.where(skip, 0, optax.tree.norm(updates)),
         "learning_rate": rate,
         "skipped": skip.astype(jnp.float32),
         "skipped_in_a_row": guard.skipped_in_a_row.astype(jnp.float32),
