@@ -9,13 +9,13 @@ from pallas_kernels.grouped_matmul import gpu_hopper
 
 # Tiles of 128 x 256, slots and chunks of 64, copies from rows of 8: borders on and off all.
 CASES = (
-    GroupedCase("even", 256, (128, 128), inner=64, columns=64),
-    GroupedCase("ragged", 200, (1, 0, 7, 65, 127), inner=128, columns=64),
-    GroupedCase("rows_past_the_end", 136, (3, 0, 90), inner=64, columns=128),
-    GroupedCase("rows_no_multiple_of_8", 77, (30, 47), inner=64, columns=64),
-    GroupedCase("few_rows", 5, (0, 2, 1, 2), inner=64, columns=64),
-    GroupedCase("all_groups_empty", 16, (0, 0), inner=64, columns=64),
-    GroupedCase("several_tiles", 300, (290, 10), inner=64, columns=320),
+    GroupedCase("even", 256, (128, 128), inner=128, columns=128),
+    GroupedCase("ragged", 200, (1, 0, 7, 65, 127), inner=128, columns=128),
+    GroupedCase("rows_past_the_end", 136, (3, 0, 90), inner=128, columns=128),
+    GroupedCase("rows_no_multiple_of_8", 77, (30, 47), inner=128, columns=128),
+    GroupedCase("few_rows", 5, (0, 2, 1, 2), inner=128, columns=128),
+    GroupedCase("all_groups_empty", 16, (0, 0), inner=128, columns=128),
+    GroupedCase("several_tiles", 300, (290, 10), inner=128, columns=384),
 )
 TOLERANCE = 4e-3  # rounding of the results to bf16
 
@@ -34,7 +34,9 @@ def test_equals_group_after_group(case, interpreted):
     check_grouped(case, jnp.bfloat16, implementation="pallas_gpu", tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", [(65536, 6144, 9216, 32), (16, 64, 64, 4), (1000, 9216, 6144, 8)])
+@pytest.mark.parametrize(
+    "shape", [(65536, 6144, 9216, 32), (16, 128, 128, 4), (1000, 9216, 6144, 8)]
+)
 def test_kernels_lower_for_cuda(shape):
     rows, inner, columns, groups = shape
     x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
@@ -67,7 +69,7 @@ def test_row_tiles_cover_every_row_once_or_alike():
 
 
 def test_refusals_say_what_to_use_instead(monkeypatch):
-    x, w = jnp.zeros((16, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)
+    x, w = jnp.zeros((16, 128), jnp.bfloat16), jnp.zeros((2, 128, 128), jnp.bfloat16)
     sizes = jnp.asarray([8, 8])
 
     def refusal(x, w):
@@ -78,6 +80,6 @@ def test_refusals_say_what_to_use_instead(monkeypatch):
     assert "cpu: it is written for Hopper" in refusal(x, w)
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
     assert "both must be bfloat16" in refusal(x.astype(jnp.float32), w.astype(jnp.float32))
-    assert "multiples of 64" in refusal(x, w[:, :, :48])
+    assert "multiples of 128" in refusal(x, w[:, :, :64])
     with pytest.raises(ValueError, match="shared memory"):
         gpu_hopper.Config(columns=256, slots=8)

@@ -59,7 +59,7 @@ ROWS = {
     "empty_row": [[0] * 32, [1] * 10 + [2] * 22],
     "hole_in_a_sample": [[1] * 9 + [0] * 3 + [1] * 20, [1] * 32],
     "falling_ids": [[2] * 9 + [1] * 23, [1] * 32],
-    "too_many_samples": [list(range(1, 33)), [1] * 32],
+    "many_samples": [list(range(1, 33)), [1] * 32],
 }
 
 
@@ -76,9 +76,15 @@ def test_traced_samples_equal_the_xla_form(name, simulated):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_only_ids_in_packing_order_go_to_cudnn(name):
-    limit = 8
-    segments = gpu_cudnn._segments(jnp.asarray(ROWS[name], jnp.int32), limit)
-    assert bool(segments.fits) == (name in ("packed", "padded", "empty_row"))
+    samples = gpu_cudnn._samples(jnp.asarray(ROWS[name], jnp.int32))
+    assert bool(samples.in_order) == (name not in ("hole_in_a_sample", "falling_ids"))
+
+
+@pytest.mark.parametrize("name", ["padded", "empty_row", "many_samples"])
+def test_samples_go_to_cudnn_some_at_a_time(name, simulated, monkeypatch):
+    monkeypatch.setattr(gpu_cudnn, "MAX_SAMPLES", 3)
+    monkeypatch.setattr(gpu_cudnn, "WORKSPACE_BYTES", 1)  # one at a time, each head by itself
+    test_traced_samples_equal_the_xla_form(name, None)
 
 
 @pytest.mark.parametrize("case", **named(SERVED))
@@ -132,17 +138,16 @@ def test_program_for_cuda_calls_cudnn(packed):
     assert text.count("__cudnn$fmhaSoftmax(") + text.count('"__cudnn$fmhaSoftmax"') == 1
 
 
-def test_heads_are_split_where_offsets_would_overflow():
-    assert gpu_cudnn._pieces((1, 65536, 64, 128), 8) == 1
-    assert gpu_cudnn._pieces((1, 1 << 20, 64, 128), 8) == 8
-    assert gpu_cudnn._pieces((4, 65536, 64, 128), 8) == 2
-
-
-def test_statistics_of_packed_rows_stay_small():
-    for batch, length, heads in ((1, 64, 2), (8, 8192, 64), (1, 1 << 20, 64), (16, 1 << 20, 64)):
-        limit = gpu_cudnn._max_segments((batch, length, heads, 128))
-        assert 4 * limit * batch * length * heads <= gpu_cudnn.STATISTICS_BYTES
-        assert limit <= gpu_cudnn.MAX_SEGMENTS
+def test_what_cudnn_keeps_on_the_side_stays_small():
+    for shape in ((1, 64, 2, 64), (8, 8192, 64, 128), (2, 131072, 64, 128)):
+        q, k = (jax.ShapeDtypeStruct((*shape[:2], n, shape[3]), jnp.bfloat16) for n in (64, 8))
+        pieces, limit = gpu_cudnn._forward_plan(q, k)
+        assert limit == 1 or 4 * limit * np.prod(q.shape[:3]) / pieces <= 1 << 30
+        assert np.prod(q.shape) / pieces < 1 << 31
+        pieces, limit = gpu_cudnn._backward_plan(q, k)
+        assert limit == 1 or 12 * limit * np.prod(q.shape) / pieces <= 4 << 30
+        assert 8 % pieces == 0
+        assert 1 <= limit <= gpu_cudnn.MAX_SAMPLES
 
 
 def test_refusals_say_what_to_use_instead(monkeypatch):

@@ -17,6 +17,7 @@ rows takes about ceil(s / tile) tiles, and only the blocks of 64 rows that a gro
 need more: in the first two products a store of some rows, in grad_w zeros in the foreign rows.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -41,7 +42,7 @@ SWIZZLE = 128  # bytes; the widest, and what one slot's rows of 64 bf16 fill exa
 CHUNK = 64  # rows, and columns, of a result staged in shared memory at a time
 STAGED = 2  # such chunks a warpgroup
 ROW_ALIGNMENT = 8  # rows at which a swizzled TMA copy can begin
-COLUMN_ALIGNMENT = 64  # elements of a swizzled row
+SIZE_ALIGNMENT = 128  # of the sizes of a matrix: no tile may reach past its edge, see `_fitted`
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,19 @@ def unsupported_arguments(x: Float[Array, "M K"], w: Float[Array, "G K N"]) -> s
         return f"dtypes {x.dtype} and {w.dtype}: both must be bfloat16"
     if 0 in x.shape or 0 in w.shape:
         return f"empty operands, of shapes {x.shape} and {w.shape}"
-    if w.shape[1] % COLUMN_ALIGNMENT or w.shape[2] % COLUMN_ALIGNMENT:
-        return f"w of shape {w.shape}: the last two sizes must be multiples of {COLUMN_ALIGNMENT}"
+    if w.shape[1] % SIZE_ALIGNMENT or w.shape[2] % SIZE_ALIGNMENT:
+        return f"w of shape {w.shape}: the last two sizes must be multiples of {SIZE_ALIGNMENT}"
     return None
+
+
+def _fitted(config: Config, columns: int) -> Config:
+    """`config` with the widest tile, no wider than its own, that divides the columns.
+
+    Mosaic GPU drops the index of an axis of one swizzle tile, so a copy past the edge of a narrow
+    matrix would land on its first columns.
+    """
+    widths = (w for w in range(config.columns, 0, -CHUNK) if columns % w == 0)
+    return dataclasses.replace(config, columns=next(widths))
 
 
 # ---------------------------------------------------------------- the differentiable function
@@ -351,6 +362,7 @@ def rows_times_matrices(
     rows, contracted = x.shape
     groups = w.shape[0]
     columns = w.shape[1 if transposed else 2]
+    config = _fitted(config, columns)
     steps = -(-contracted // config.depth)
     half = config.rows // MULTIPLIERS
     tiles = _row_tiles(group_sizes, rows, config.rows)
@@ -482,6 +494,7 @@ def rows_times_rows(
     """Sum over the rows m of group g of x[m]^T y[m], for every group; bf16, summed in fp32."""
     groups = group_sizes.shape[0]
     height, width = x.shape[1], y.shape[1]
+    config = _fitted(config, width)
     half = config.rows // MULTIPLIERS
     row_tiles, column_tiles = -(-height // config.rows), -(-width // config.columns)
     sizes = group_sizes.astype(jnp.int32)

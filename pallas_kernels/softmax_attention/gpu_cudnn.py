@@ -3,8 +3,8 @@
 The primitives are bound directly, and not through `jax.nn.dot_product_attention`, for three things
 it does not offer: the log-sum-exp in fp32, the backward pass with a log-sum-exp and an output that
 were merged over several blocks of keys (ring attention), and packed samples whose borders are
-traced. cuDNN wants a bound on the samples of a row (`_max_segments`); a batch that has more, or ids
-in an order that is not that of packing, takes the XLA form, chosen on the device.
+traced. Those go to cuDNN some at a time, since what it keeps on the side grows with their number;
+ids in an order that is not that of packing take the XLA form, chosen on the device.
 """
 
 import math
@@ -26,8 +26,9 @@ MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_PACKED = (9, 0)
 # Stands for the log-sum-exp of a query that saw nothing: exp(score - this) is 0, and no NaN.
 NOTHING_SEEN = 1e30
-MAX_SEGMENTS = 64  # of a row; each costs launches of tiles that find nothing to do
-STATISTICS_BYTES = 2 << 30  # fp32 statistics of packed rows are padded to [segments, H, T]
+MAX_SAMPLES = 64  # of a row in one call; each costs launches of tiles that find nothing to do
+STATISTICS_BYTES = 1 << 30  # of one forward call for packed rows
+WORKSPACE_BYTES = 4 << 30  # of one backward call for packed rows
 
 
 class _Mask(NamedTuple):
@@ -88,8 +89,6 @@ def unsupported_arguments(
         return None
     if segment_ids is not kv_segment_ids:
         return "traced or packed segment_ids that are not those of the keys as well"
-    if _max_segments(q.shape) < 2:
-        return f"packed rows of {q.shape[1]} tokens and {q.shape[2]} heads: they are too long"
     return None
 
 
@@ -252,94 +251,146 @@ def block_unsupported(
 # ---------------------------------------------------------------- packed rows
 
 
-class _Segments(NamedTuple):
-    """Where the samples of a batch lie, in the form cuDNN takes, and which sample a token is of.
+class _Samples(NamedTuple):
+    """The samples of packed rows.
 
     Attributes:
-      lengths, begins: tokens and first token of each sample of a row, -1 past the last one.
-      statistic: the sample, counted over the whole batch, that each token belongs to.
+      number: which sample of its row a token is of, from 1; 0 is padding.
       position: place of each token in its sample.
-      fits: whether the ids are those of packing and no row has more samples than there is room for.
+      numbers: samples of each row.
+      in_order: whether the ids are those of packing: rising along the row, a sample unbroken.
+    """
+
+    number: Int[Array, "B T"]
+    position: Int[Array, "B T"]
+    numbers: Int[Array, "B"]
+    in_order: Bool[Array, ""]
+
+
+class _Group(NamedTuple):
+    """Some consecutive samples of every row, in the form that cuDNN takes.
+
+    Attributes:
+      lengths, begins: tokens and first token of each sample, -1 where a row has no more of them.
+      mine: the tokens of these samples.
+      statistic: the sample, counted over the rows of this group, of each token.
     """
 
     lengths: Int[Array, "B M"]
     begins: Int[Array, "B M+1"]
+    mine: Bool[Array, "B T"]
     statistic: Int[Array, "B T"]
-    position: Int[Array, "B T"]
-    fits: Bool[Array, ""]
 
 
-def _max_segments(shape: tuple[int, ...]) -> int:
-    """Samples that a packed row of this [B, T, H, K] may have."""
-    batch, length, heads, _ = shape
-    room = STATISTICS_BYTES // (4 * batch * length * heads)
-    return min(max(length // 128, 8), MAX_SEGMENTS, room)
-
-
-def _segments(ids: Int[Array, "B T"], limit: int) -> _Segments:
+def _samples(ids: Int[Array, "B T"]) -> _Samples:
+    index = jnp.arange(ids.shape[1], dtype=jnp.int32)
     before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
     begins = (ids != 0) & (ids != before)
-    number = jnp.cumsum(begins, axis=1, dtype=jnp.int32)  # of the sample a token is in, from 1
+    number = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
     highest = jnp.pad(jax.lax.cummax(ids, axis=1)[:, :-1], ((0, 0), (1, 0)))
-    in_order = jnp.all(jnp.where(begins, ids > highest, True)) & jnp.all(ids >= 0)
-    index = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    count = number[:, -1:]
+    return _Samples(
+        number=jnp.where(ids != 0, number, 0),
+        position=index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1),
+        numbers=number[:, -1],
+        in_order=jnp.all(jnp.where(begins, ids > highest, True)) & jnp.all(ids >= 0),
+    )
+
+
+def _group(samples: _Samples, start: Int[Array, ""], limit: int) -> _Group:
+    """The samples start + 1 .. start + limit of each row."""
+    index = jnp.arange(samples.number.shape[1], dtype=jnp.int32)
+    which = start + jnp.arange(1, limit + 1, dtype=jnp.int32)
     # Compared, not scattered: on a GPU that is one fused reduction.
-    samples = jnp.arange(1, limit + 1, dtype=jnp.int32)[:, None]
-    mine = (number[:, None] == samples) & (ids != 0)[:, None]
-    lengths = jnp.sum(mine, axis=2, dtype=jnp.int32)
-    first = jnp.max(jnp.where(mine & begins[:, None], index, -1), axis=2)
-    first_of_token = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    rows_before = jnp.cumsum(count, axis=0) - count
-    return _Segments(
+    member = samples.number[:, None] == which[:, None]
+    lengths = jnp.sum(member, axis=2, dtype=jnp.int32)
+    first = jnp.where(member & (samples.position == 0)[:, None], index, -1)
+    here = jnp.clip(samples.numbers - start, 0, limit)
+    local = samples.number - 1 - start
+    mine = (local >= 0) & (local < limit)
+    statistic = (jnp.cumsum(here) - here)[:, None] + local
+    return _Group(
         lengths=jnp.where(lengths > 0, lengths, -1),
-        begins=jnp.pad(first, ((0, 0), (0, 1)), constant_values=-1),
-        statistic=jnp.maximum(rows_before + number - 1, 0),
-        position=index - first_of_token,
-        fits=in_order & jnp.all(count <= limit),
+        begins=jnp.pad(jnp.max(first, axis=2), ((0, 0), (0, 1)), constant_values=-1),
+        mine=mine,
+        statistic=jnp.where(mine, statistic, 0),
     )
 
 
-def _pieces(shape: tuple[int, ...], kv_heads: int) -> int:
-    """Into how many groups of heads to cut, so that cuDNN's 32-bit offsets reach every element."""
-    elements = math.prod(shape)
-    return next(
-        (n for n in range(1, kv_heads) if kv_heads % n == 0 and elements // n < 1 << 31), kv_heads
+def _groups(samples: _Samples, limit: int) -> Int[Array, ""]:
+    return -(-jnp.max(samples.numbers) // limit)
+
+
+def _plan(
+    shape: tuple[int, ...], kv_heads: int, bytes_per_element: float, budget: int
+) -> tuple[int, int]:
+    """How to cut a packed batch of this [B, T, H, K]: pieces of heads, samples of a row at a time.
+
+    What cuDNN keeps on the side it keeps for every sample as if that filled the row. Its 32-bit
+    offsets must reach every element of a piece.
+    """
+    elements, wanted = math.prod(shape), min(max(shape[1] // 1024, 8), MAX_SAMPLES)
+
+    def samples(pieces: int) -> int:
+        return int(budget / (bytes_per_element * elements / pieces))
+
+    pieces = next(
+        n
+        for n in range(1, kv_heads + 1)
+        if kv_heads % n == 0
+        and (n == kv_heads or (elements // n < 1 << 31 and samples(n) >= wanted))
     )
+    return pieces, min(max(samples(pieces), 1), MAX_SAMPLES)
 
 
-def _by_heads(x, pieces: int):
-    return jnp.split(x, pieces, axis=2)
+def _forward_plan(q, k):
+    # An fp32 statistic a row of queries.
+    return _plan(q.shape, k.shape[2], 4 / q.shape[3], STATISTICS_BYTES)
 
 
-def _attend_packed_primal(mask: _Mask, q, k, v, ids):
-    segments = _segments(ids, _max_segments(q.shape))
-    real = (ids != 0)[..., None]
+def _backward_plan(q, k):
+    # fp32 accumulators of three gradients, of which those of k and v have as many heads as q.
+    return _plan(q.shape, k.shape[2], 12, WORKSPACE_BYTES)
+
+
+def _by_heads(pieces: int, *arrays):
+    return zip(*(jnp.split(x, pieces, axis=2) for x in arrays), strict=True)
+
+
+def _join(parts):
+    return tuple(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+
+
+def _attend_packed_primal(mask: _Mask, q, k, v, ids) -> tuple[jax.Array, jax.Array]:
+    samples = _samples(ids)
+    pieces, limit = _forward_plan(q, k)
+
+    def fused_heads(q, k, v):
+        def step(i, carry):
+            group = _group(samples, i * limit, limit)
+            out, statistics = cudnn._dot_product_attention_fwd_p_wrapper.bind(
+                *_packed_operands(q, k, v, group), **_parameters(mask), is_training=True
+            )
+            lse = statistics[group.statistic, :, samples.position]
+            mine = group.mine[..., None]
+            return jnp.where(mine[..., None], out, carry[0]), jnp.where(mine, lse, carry[1])
+
+        nothing = jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return jax.lax.fori_loop(0, _groups(samples, limit), step, nothing)
 
     def fused(q, k, v):
-        pieces = _pieces(q.shape, k.shape[2])
-        parts = []
-        for piece in zip(*(_by_heads(x, pieces) for x in (q, k, v)), strict=True):
-            operands = _packed_operands(piece[0], piece[1], piece[2], segments)
-            out, statistics = cudnn._dot_product_attention_fwd_p_wrapper.bind(
-                *operands, **_parameters(mask), is_training=True
-            )
-            parts.append((out, statistics[segments.statistic, :, segments.position]))
-        out, lse = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
-        return jnp.where(real[..., None], out, 0), jnp.where(real, lse, -jnp.inf)
+        return _join([fused_heads(*piece) for piece in _by_heads(pieces, q, k, v)])
 
     def plain(q, k, v):
         return xla.softmax_attention(q, k, v, ids, ids, 0, causal=mask.causal, scale=mask.scale)
 
-    return jax.lax.cond(segments.fits, fused, plain, q, k, v)
+    return jax.lax.cond(samples.in_order, fused, plain, q, k, v)
 
 
 _attend_packed = jax.custom_vjp(_attend_packed_primal, nondiff_argnums=(0,))
 
 
-def _packed_operands(q, k, v, segments: _Segments):
-    lengths, begins = segments.lengths, segments.begins
-    return _operands(q, k, v, lengths, lengths, begins, begins)
+def _packed_operands(q, k, v, group: _Group):
+    return _operands(q, k, v, group.lengths, group.lengths, group.begins, group.begins)
 
 
 def _attend_packed_forward(mask, q, k, v, ids):
@@ -352,33 +403,29 @@ def _attend_packed_backward(mask, residuals, grads):
     q, k, v, ids, out, lse = residuals
     grad_out, grad_lse = (None if isinstance(g, SymbolicZero) else g for g in grads)
     grad_out = jnp.zeros_like(out) if grad_out is None else grad_out
-    limit = _max_segments(q.shape)
-    segments = _segments(ids, limit)
-    real = (ids != 0)[..., None, None]
+    samples = _samples(ids)
+    pieces, limit = _backward_plan(q, k)
 
-    def fused(q, k, v, out, lse, grad_out):
-        pieces = _pieces(q.shape, k.shape[2])
-        parts = []
-        arrays = (q, k, v, out, lse, grad_out)
-        for q, k, v, out, lse, grad_out in zip(
-            *(_by_heads(x, pieces) for x in arrays), strict=True
-        ):
-            shape = (q.shape[0] * limit, lse.shape[2], q.shape[1])
-            # Padding writes to a place that does not exist.
-            sample = jnp.where(real[..., 0, 0], segments.statistic, shape[0])
+    def fused_heads(q, k, v, out, lse, grad_out):
+        shape = (q.shape[0] * limit, q.shape[2], q.shape[1])
+
+        def step(i, carry):
+            group = _group(samples, i * limit, limit)
+            # The tokens of other samples write to a place that does not exist.
+            sample = jnp.where(group.mine, group.statistic, shape[0])
             statistics = jnp.full(shape, NOTHING_SEEN, jnp.float32)
-            statistics = statistics.at[sample, :, segments.position].set(lse, mode="drop")
-            parts.append(
-                cudnn._dot_product_attention_bwd_p_wrapper.bind(
-                    *_packed_operands(q, k, v, segments),
-                    statistics,
-                    out,
-                    jnp.where(real, grad_out, 0),
-                    **_parameters(mask),
-                )
+            statistics = statistics.at[sample, :, samples.position].set(lse, mode="drop")
+            gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+                *_packed_operands(q, k, v, group), statistics, out, grad_out, **_parameters(mask)
             )
-        gradients = (jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
-        return tuple(jnp.where(real, x, 0) for x in gradients)
+            mine = group.mine[..., None, None]
+            return tuple(jnp.where(mine, x, y) for x, y in zip(gradients, carry, strict=True))
+
+        nothing = tuple(jnp.zeros_like(x) for x in (q, k, v))
+        return jax.lax.fori_loop(0, _groups(samples, limit), step, nothing)
+
+    def fused(*arrays):
+        return _join([fused_heads(*piece) for piece in _by_heads(pieces, *arrays)])
 
     def plain(q, k, v, out, lse, grad_out):
         return xla.attention_block_backward(
@@ -389,7 +436,7 @@ def _attend_packed_backward(mask, residuals, grads):
     arrays = (q, k, v, out, lse, grad_out)
     if grad_lse is not None:
         return *plain(*arrays), None
-    return *jax.lax.cond(segments.fits, fused, plain, *arrays), None
+    return *jax.lax.cond(samples.in_order, fused, plain, *arrays), None
 
 
 _attend_packed.defvjp(_attend_packed_forward, _attend_packed_backward, symbolic_zeros=True)
