@@ -83,7 +83,9 @@ def _build(options: Build):
         part_bytes=options.part_mib << 20,
     )
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        # Where nobody watches, rich would still end with an empty line.
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("tokenizer", total=None)
 
             def report(done: int, total: int) -> None:

@@ -88,6 +88,8 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         max_epochs: int | Mapping[str, int] | None = None,
     ):
         super().__init__()
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._ahead: collections.deque[Future[_Made]] = collections.deque()
         if seq_len < 1 or batch_size < 1:
             raise ValueError(f"seq_len {seq_len} and batch_size {batch_size} must be positive")
         if not 0 <= process_index < process_count or batch_size % process_count:
@@ -119,8 +121,6 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         self._window: tuple[Cursor, Terms, Window] | None = None
         self._handed = _Position(self._planner.start(), self._terms, 0, tokens)
         self._next = self._handed
-        self._thread = ThreadPoolExecutor(1, "batches")
-        self._ahead: collections.deque[Future[_Made]] = collections.deque()
 
     def __next__(self) -> dict[str, np.ndarray]:
         self.start_prefetch()
@@ -138,8 +138,8 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         """Stop the thread; the iterator is of no use afterwards."""
-        self._halt()
-        self._thread.shutdown()
+        # Without waiting: the collector may call this in the thread itself.
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
     def seen(self) -> dict[str, Any]:

@@ -249,7 +249,7 @@ def _remove_drafts(out: Path) -> None:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One build a folder; the lock ends with the process, however that ends."""
-    with (out / ".lock").open("w") as file:
+    with (out / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -103,13 +103,14 @@ def read_documents(unit: Unit, reading: Reading, tally: Counter[str]) -> Iterato
         message names the file and the place.
     """
     rows = {"jsonl": _jsonl_rows, "parquet": _parquet_rows, "text": _text_rows}[unit.kind]
-    for where, row in rows(unit, reading):
+    for kind, place, row in rows(unit, reading):
+        where = f"{kind} {place:,}" if kind else "the file"
         try:
-            document = _document(row, where, unit, reading)
+            document = _document(row, f"{unit.name}:{place}" if kind else unit.name, unit, reading)
         except ValueError as error:
             if reading.on_bad == "error":
                 hint = "repair or remove it, or skip such documents with --on-bad skip"
-                raise ValueError(f"{unit.path}: {where or 'the file'} {error}; {hint}") from None
+                raise ValueError(f"{unit.path}: {where} {error}; {hint}") from None
             tally["bad"] += 1
             continue
         if not document.text.strip():
@@ -191,13 +192,20 @@ def _cuts(sizes: list[int], most: int) -> Iterator[tuple[int, int, int]]:
 # ---------------------------------------------------------------- rows of a unit
 
 
-def _text_rows(unit: Unit, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+class _Row(NamedTuple):
+    """What a unit holds at a place ("" 0 if it is all there is); a str says what is wrong."""
+
+    kind: str
+    place: int
+    row: dict[str, Any] | str
+
+
+def _text_rows(unit: Unit, reading: Reading) -> Iterator[_Row]:
     del reading
-    data = Path(unit.path).read_bytes()
-    yield "", {"bytes": data, "id": unit.name}
+    yield _Row("", 0, {"bytes": Path(unit.path).read_bytes()})
 
 
-def _jsonl_rows(unit: Unit, reading: Reading) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _jsonl_rows(unit: Unit, reading: Reading) -> Iterator[_Row]:
     """A line belongs to the unit in which it starts."""
     del reading
     compressed = unit.path.endswith(".gz")
@@ -212,7 +220,7 @@ def _jsonl_rows(unit: Unit, reading: Reading) -> Iterator[tuple[str, dict[str, A
                 if not line:
                     return
                 if line.strip():
-                    yield f"line at byte {position:,}", _parsed(line)
+                    yield _Row("line at byte", position, _parsed(line))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{unit.path}: damaged gzip file ({error})") from None
 
@@ -225,7 +233,7 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else f"is {type(row).__name__}, not an object"
 
 
-def _parquet_rows(unit: Unit, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(unit: Unit, reading: Reading) -> Iterator[_Row]:
     pyarrow = _pyarrow(unit.path)
     try:
         with pyarrow.ParquetFile(unit.path) as file:
@@ -237,10 +245,11 @@ def _parquet_rows(unit: Unit, reading: Reading) -> Iterator[tuple[str, dict[str,
                 )
             columns = [n for n in ("id", "source", reading.text_field) if n in names]
             groups = range(unit.start, unit.stop)
-            number = 0
+            before = range(unit.start)
+            number = sum(file.metadata.row_group(group).num_rows for group in before)
             for batch in file.iter_batches(64, row_groups=groups, columns=columns):
                 for row in batch.to_pylist():
-                    yield f"row {number} of row groups {unit.start}-{unit.stop - 1}", row
+                    yield _Row("row", number, row)
                     number += 1
     except (ValueError, OSError) as error:  # pyarrow's own errors are of these two
         raise ValueError(f"{unit.path}: {error}") from None
@@ -265,7 +274,7 @@ def _pyarrow(path: str):
     return pyarrow.parquet
 
 
-def _document(row: dict[str, Any] | str, where: str, unit: Unit, reading: Reading) -> Document:
+def _document(row: dict[str, Any] | str, name: str, unit: Unit, reading: Reading) -> Document:
     if isinstance(row, str):
         raise ValueError(row)
     if "bytes" in row:
@@ -284,9 +293,8 @@ def _document(row: dict[str, Any] | str, where: str, unit: Unit, reading: Readin
             raise ValueError(f"is not text ({error.reason})") from None
     source = row.get("source")
     source = unit.source if source is None else source_name(str(source))
-    name = row.get("id")
-    name = f"{unit.name}:{where.rpartition(' ')[2]}" if name is None else str(name)
-    return Document(text, source, name, text.encode())
+    given = row.get("id")
+    return Document(text, source, name if given is None else str(given), text.encode())
 
 
 def _decoded(data: bytes) -> str:

@@ -64,12 +64,13 @@ def cut_parts(recipe: Recipe) -> list[tuple[Unit, ...]]:
         units = embedded.find_embedded()
     parts: list[tuple[Unit, ...]] = []
     part: list[Unit] = []
+    size = 0
     for unit in units:
-        full = sum(u.weight for u in part) + unit.weight > most
-        if part and (full or unit.source != part[0].source):
+        if part and (size + unit.weight > most or unit.source != part[0].source):
             parts.append(tuple(part))
-            part = []
+            part, size = [], 0
         part.append(unit)
+        size += unit.weight
     return [*parts, tuple(part)] if part else parts
 
 
