@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmx.training.checkpoint import (
@@ -19,6 +21,7 @@ from mmx.training.checkpoint import (
     read_config,
     restore_params,
 )
+from mmx.training.integrity import DamagedCheckpoint
 
 CONFIG = {"model": {"embed_dim": 16, "layer_kinds": ("lightning", "softmax")}, "seed": 3}
 DATA = {"position": 12345678901234567890, "sources": [{"epoch": 2}]}
@@ -116,6 +119,8 @@ def test_what_is_saved_is_the_moment_of_the_call(tmp_path):
         jax.block_until_ready(params)
         checkpoints.wait()
         restored = checkpoints.restore(1, {"params": params})
+        again = scale(jax.tree.map(jnp.copy, restored.state["params"]))
+        assert_same(scale(checkpoints.restore(1, {"params": params}).state["params"]), again)
     assert restored.data == {"position": 1}
     assert np.array_equal(restored.state["params"]["w"], np.arange(1 << 21, dtype=np.float32))
 
@@ -137,6 +142,14 @@ def test_parameters_alone(tmp_path):
 # ---------------------------------------------------------------- other devices
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Children forked from a server that has imported what they need and touched no device."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmx.training.checkpoint", "optax"])
+    return context
+
+
 def _resume(folder, devices, pipe):
     """In a process with that many devices: restore, report, train one step, save."""
     jax.config.update("jax_num_cpu_devices", devices)
@@ -148,6 +161,13 @@ def _resume(folder, devices, pipe):
 
     def loss(params):
         return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - 1) ** 2)
+
+    @jax.jit
+    def update(params, moments):
+        before, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(gradients, moments, params)
+        params = optax.apply_updates(params, updates)
+        return before, params, moments, loss(params)
 
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.latest()
@@ -161,23 +181,19 @@ def _resume(folder, devices, pipe):
             assert all(
                 leaf.sharding.device_set == rows.device_set for leaf in state["params"].values()
             )
-        before = float(jax.jit(loss)(state["params"]))
-        gradients = jax.jit(jax.grad(loss))(state["params"])
-        updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        before, params, moments, after = update(state["params"], state["optimizer"])
         step = (step or 0) + 1
         checkpoints.save(step, {"params": params, "optimizer": moments}, data={}, config={})
-    after = float(jax.jit(loss)(params))
-    pipe.send((before, after, {k: np.asarray(v) for k, v in params.items()}))
+    pipe.send((float(before), float(after), {k: np.asarray(v) for k, v in params.items()}))
 
 
-def test_eight_devices_then_one_then_four(tmp_path):
+@pytest.mark.slow
+def test_eight_devices_then_one_then_four(processes, tmp_path):
     """A mesh of 8, of 1 and of 4 devices, each in a process that has no others."""
-    context = multiprocessing.get_context("spawn")
     previous = None
     for step, devices in enumerate((8, 1, 4), start=1):
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_resume, args=(tmp_path, devices, theirs))
+        ours, theirs = processes.Pipe()
+        child = processes.Process(target=_resume, args=(tmp_path, devices, theirs))
         child.start()
         theirs.close()
         before, after, params = ours.recv()
@@ -191,6 +207,51 @@ def test_eight_devices_then_one_then_four(tmp_path):
         here = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
         stored = restore_params(tmp_path, step, here)
         assert all(raw(stored[k]) == params[k].tobytes() for k in params)
+
+
+def _one_of_two(folder, address, index, pipe):
+    """One of two processes of a run, with two of its four devices."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(address, 2, index)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    whole = np.arange(64, dtype=np.float32).reshape(16, 4)
+    state = {"params": {"w": jax.make_array_from_callback((16, 4), rows, lambda at: whole[at])}}
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, state, data=DATA, config=CONFIG)
+        checkpoints.save(2, state, data=DATA, config=CONFIG, wait=True)
+        steps = checkpoints.steps()
+        restored = checkpoints.restore(2, abstract(state)).state["params"]["w"]
+        same = [np.array_equal(s.data, whole[s.index]) for s in restored.addressable_shards]
+        multihost_utils.sync_global_devices("restored")
+        if index == 0:
+            file = max((folder / "00000002" / "params").rglob("d/*"))
+            file.write_bytes(bytes(file.stat().st_size))
+        multihost_utils.sync_global_devices("damaged")
+        with pytest.raises(DamagedCheckpoint) as caught:
+            checkpoints.restore(2, abstract(state))
+    pipe.send((steps, same, str(caught.value)))
+
+
+@pytest.mark.slow
+def test_two_processes(processes, tmp_path):
+    """They write one checkpoint, share the check of it and both refuse a damaged one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    pipes = [processes.Pipe(duplex=False) for _ in range(2)]
+    arguments = [(tmp_path, address, i, pipe[1]) for i, pipe in enumerate(pipes)]
+    children = [processes.Process(target=_one_of_two, args=a) for a in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    told = [pipe[0].recv() for pipe in pipes]
+    assert [(steps, same) for steps, same, _ in told] == [([2], [True, True])] * 2
+    messages = sorted(message for *_, message in told)
+    assert sum("its SHA-256 is" in message for message in messages) == 1
+    assert sum("damaged, as process" in message for message in messages) == 1
 
 
 # ---------------------------------------------------------------- which steps there are

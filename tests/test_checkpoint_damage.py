@@ -50,12 +50,12 @@ def files_of(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def assert_found(step, path):
+def assert_found(step, path, problem=""):
     """Verifying and restoring both name the file, in one line."""
     for read in (integrity.verify, lambda folder: restore(folder.parent)):
         with pytest.raises(DamagedCheckpoint) as caught:
             read(step)
-        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).startswith(f"{path}: {problem}")
         assert "\n" not in str(caught.value)
 
 
@@ -153,32 +153,32 @@ def test_latest_falls_back_with_a_note(step):
 def test_foreign_files_and_links(step, tmp_path):
     extra = step / "params" / "d" / "extra"
     extra.write_text("x")
-    assert_found(step, extra)
+    assert_found(step, extra, "not part of")
     extra.unlink()
 
     secret = tmp_path / "secret"
     data = step / "data.json"
     data.rename(secret)
     data.symlink_to(secret)
-    assert_found(step, data)
+    assert_found(step, data, "a link")
     data.unlink()
     secret.rename(data)
 
     os.mkfifo(step / "pipe")
-    assert_found(step, step / "pipe")
+    assert_found(step, step / "pipe", "a link or special file")
     (step / "pipe").unlink()
 
     arrays = step / "params" / "d"
     arrays.rename(tmp_path / "d")
     arrays.symlink_to(tmp_path / "d")
-    assert_found(step, arrays)
+    assert_found(step, arrays, "a link")
     arrays.unlink()
     (tmp_path / "d").rename(arrays)
     assert restore(step.parent).data == {"position": 20}
 
     step.rename(tmp_path / "elsewhere")
     step.symlink_to(tmp_path / "elsewhere")
-    assert_found(step, step / integrity.MANIFEST)
+    assert_found(step, step / integrity.MANIFEST, "reached by a link")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ KEEP = 2
 def processes():
     """Children forked from a server that has imported what they need and touched no device."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmx.training.checkpoint"])
+    context.set_forkserver_preload(["mmx.training.checkpoint", "optax"])
     return context
 
 

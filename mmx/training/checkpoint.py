@@ -25,7 +25,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mmx.training import integrity
 from mmx.training.checkpoint_arrays import (
@@ -133,6 +135,7 @@ class Checkpoints:
             step was written, and `save` can be called again.
           ValueError: an argument cannot be stored.
         """
+        step = int(step)  # a number of numpy's would not do in the manifest
         if step < 0:
             raise ValueError(f"step is {step}; it must be at least 0")
         arrays = named(state)
@@ -199,6 +202,7 @@ class Checkpoints:
           ValueError: no such step; another config, array, shape or dtype was saved (the first that
             differs is named).
           DamagedCheckpoint: a file is missing or changed; it is named.
+          SaveFailed: a save under way has failed; the call can be repeated.
         """
         self.wait()
         folder = _existing(self.folder, step)
@@ -207,7 +211,7 @@ class Checkpoints:
             compare_config(folder, json.loads(_json(config, "config")), saved_config)
         wanted = named(abstract_state)
         compare_arrays(folder, wanted, _read_json(folder, "arrays.json"))
-        integrity.verify(folder)
+        _verify(folder)
         arrays = read_arrays(folder, wanted)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), list(arrays.values()))
         return Restored(state, _read_json(folder, "data.json"), saved_config)
@@ -224,6 +228,7 @@ class Checkpoints:
             if self._checkpointer is not None:
                 self._checkpointer.close()
                 self._checkpointer = None
+            logging.getLogger("absl").removeFilter(_without_orbax_errors)
 
     def __enter__(self) -> Self:
         return self
@@ -241,6 +246,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             integrity.sweep(self.folder)
+            # A folder that cannot be written fails here, before Orbax has threads under way.
+            _folder_of_save(self.folder, step).mkdir()
+            _folder_of_save(self.folder, step).rmdir()
         if self._checkpointer is None:
             logging.getLogger("absl").addFilter(_without_orbax_errors)
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -279,7 +287,8 @@ class Checkpoints:
         self._checkpointer = None  # one that has failed may hold futures that never end
         for partial in self.folder.glob(f"{_folder_of_save(self.folder, step).name}*"):
             shutil.rmtree(partial, ignore_errors=True)
-        cause = " ".join(str(error).split())[:300] or type(error).__name__
+        told = error.strerror if isinstance(error, OSError) else str(error)
+        cause = " ".join((told or type(error).__name__).split())[:120]
         steps, _ = integrity.complete(self.folder)
         left = f"steps {', '.join(map(str, steps))} are intact" if steps else "no step was lost"
         remedy = "make room or make the folder writable"
@@ -323,9 +332,26 @@ def restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
     wanted = named({PARAMS: abstract_params})
     saved = {n: a for n, a in _read_json(found, "arrays.json").items() if item_of(n) == PARAMS}
     compare_arrays(found, wanted, saved, cast=True)
-    integrity.verify(found, under=f"{PARAMS}/")
+    _verify(found, under=f"{PARAMS}/")
     arrays = read_arrays(found, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract_params), list(arrays.values()))
+
+
+def _verify(folder: Path, *, under: str = "") -> None:
+    """Check every byte; several processes share the work and agree on the result."""
+    index, number = jax.process_index(), jax.process_count()
+    problem = None
+    try:
+        integrity.verify(folder, under=under, share=(index, number))
+    except integrity.DamagedCheckpoint as error:
+        problem = error
+    if number > 1:
+        sound = multihost_utils.process_allgather(np.array(problem is None))
+        if problem is None and not sound.all():
+            finder = int(np.argmin(sound))
+            problem = integrity.DamagedCheckpoint(f"{folder}: damaged, as process {finder} found")
+    if problem is not None:
+        raise problem
 
 
 def _existing(folder: Path, step: int) -> Path:

@@ -140,19 +140,21 @@ def write_manifest(folder: Path, *, step: int) -> None:
     _sync(folder)
 
 
-def verify(folder: Path, *, under: str = "") -> Verified:
+def verify(folder: Path, *, under: str = "", share: tuple[int, int] = (0, 1)) -> Verified:
     """Read every byte of a step folder and compare with its manifest.
 
     Args:
       folder: a step folder.
       under: only the files whose names in the folder begin with this, as 'params/'.
+      share: (index, number) of a reader among several, who read every number-th file each.
 
     Raises:
       DamagedCheckpoint: naming the first file that is missing, changed, unexpected, unreadable or a
         link, or the manifest itself.
     """
     entries = _present(folder)
-    chosen = {name: entry for name, entry in entries.items() if name.startswith(under)}
+    names = [name for name in sorted(entries) if name.startswith(under)]
+    chosen = {name: entries[name] for name in names[share[0] :: share[1]]}
 
     def check(item: tuple[str, _Entry]) -> int:
         name, entry = item
