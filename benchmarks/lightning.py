@@ -57,7 +57,7 @@ def relative(ours: jax.Array, truth: jax.Array) -> float:
     return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
 
 
-def check(report: Report, implementation: str) -> None:
+def check(report: Report, implementation: str, only: str) -> None:
     """Everything against the same in fp32 by the XLA form, and bit-identical reruns."""
     names = ("out", "state", "dq", "dk", "dv", "d_initial")
     cases = {
@@ -74,6 +74,8 @@ def check(report: Report, implementation: str) -> None:
         "T=1": dict(shape=(2, 1, 4, 128)),
     }
     for name, case in cases.items():
+        if only and name not in only.split(","):
+            continue
 
         def run(case=case, name=name):
             batch, length, heads, dim = case["shape"]
@@ -291,6 +293,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=500, help="seconds")
     parser.add_argument("--implementation", default="pallas_gpu")
     parser.add_argument("--only", default="speed,peers,packed,decode,million,repeated,long,check")
+    parser.add_argument("--cases", default="", help="which cases to check; all when empty")
     options = parser.parse_args()
     wanted = set(options.only.split(","))
     report = Report(options.budget, options.json)
@@ -305,7 +308,7 @@ def main() -> None:
         "million": lambda: million(report, ours, bandwidth),
         "repeated": lambda: repeated(report, ours),
         "long": lambda: long_state(report, ours),
-        "check": lambda: check(report, ours),
+        "check": lambda: check(report, ours, options.cases),
     }
     for name, step in steps.items():
         if name in wanted:

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import gpu_hopper, reference, xla
+from pallas_kernels.grouped_matmul import gpu_hopper, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_gpu", gpu_hopper.grouped_matmul, gpu_hopper.unsupported),
+    dispatch.Implementation("pallas_tpu", tpu.grouped_matmul, tpu.unsupported),
     dispatch.Implementation("xla", xla.grouped_matmul),
     dispatch.Implementation("reference", reference.grouped_matmul, automatic=False),
 )
@@ -31,8 +32,8 @@ def grouped_matmul(
       x: bf16 or fp32 rows, sorted by group.
       w: one matrix a group, same dtype as `x`.
       group_sizes: rows of each group; their sum is at most M.
-      implementation: 'pallas_gpu' (Hopper, bf16), 'xla', 'reference', or None for the best that
-        takes these arguments.
+      implementation: 'pallas_gpu' (Hopper, bf16), 'pallas_tpu', 'xla', 'reference', or None for the
+        best that takes these arguments.
 
     Raises:
       ValueError: shapes or dtypes that disagree.

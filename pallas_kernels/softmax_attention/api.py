@@ -5,10 +5,11 @@ import math
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.softmax_attention import gpu_cudnn, reference, xla
+from pallas_kernels.softmax_attention import gpu_cudnn, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("cudnn", gpu_cudnn.softmax_attention, gpu_cudnn.unsupported),
+    dispatch.Implementation("pallas_tpu", tpu.softmax_attention, tpu.unsupported),
     dispatch.Implementation("xla", xla.softmax_attention),
     dispatch.Implementation("reference", reference.softmax_attention, automatic=False),
 )
@@ -16,6 +17,7 @@ BLOCK_IMPLEMENTATIONS = (
     dispatch.Implementation(
         "cudnn", gpu_cudnn.attention_block_backward, gpu_cudnn.block_unsupported
     ),
+    dispatch.Implementation("pallas_tpu", tpu.attention_block_backward, tpu.block_unsupported),
     dispatch.Implementation("xla", xla.attention_block_backward),
 )
 
@@ -48,8 +50,8 @@ def softmax_attention(
       q_offset: index among the keys of the first query; a traced scalar is fine.
       scale: 1/sqrt(K) when None.
       return_lse: also return log sum_s exp(scale q_t . k_s), fp32, natural logarithm.
-      implementation: 'cudnn' (NVIDIA, bf16), 'xla', 'reference', or None for the best that takes
-        these arguments.
+      implementation: 'cudnn' (NVIDIA, bf16), 'pallas_tpu', 'xla', 'reference', or None for the
+        best that takes these arguments.
 
     Raises:
       ValueError: shapes or dtypes that disagree.
