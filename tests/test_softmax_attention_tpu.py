@@ -152,6 +152,23 @@ def test_a_table_of_blocks_that_is_too_large_is_left_out(monkeypatch):
         check_close(seen, wanted, FP32, "output or gradient")
 
 
+def test_rows_and_key_heads_are_mapped_over(monkeypatch):
+    # On a TPU they are grid axes of one kernel, which only the older interpreter knows.
+    monkeypatch.setattr(tpu, "_interpreter", lambda plan: True)
+    q, k, v = _normal(4, (2, 140, 4, 8), (2, 140, 2, 8), (2, 140, 2, 8))
+    ids = jnp.asarray([_runs((1, 60), (2, 80)), _runs((1, 120), (0, 20))])
+    same = np.asarray((ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None])
+    true = truth.softmax_attention(q, k, v, same & np.tri(140, dtype=bool), 8**-0.5, q)
+
+    def attend(q, k, v):
+        return tpu.softmax_attention(q, k, v, ids, ids, 0, causal=True, scale=8**-0.5)
+
+    (out, _), back = jax.vjp(attend, q, k, v)
+    grads = back((q, jnp.zeros(q.shape[:3])))
+    for seen, wanted in zip((out, *grads), (true.out, *true[2:]), strict=True):
+        check_close(seen, wanted, FP32, "output or gradient")
+
+
 def _products(jaxpr):
     """The precision of every matrix product in a program and the kernels it calls."""
     for equation in jaxpr.eqns:
@@ -218,7 +235,6 @@ def compile_cases() -> list[Compile]:
 
     bf16, fp32 = jnp.bfloat16, jnp.float32
     return [
-        case("long", 8192, 8192, 16, 2, 128, bf16),
         case("packed", 4096, 4096, 16, 2, 128, bf16, segments=True),
         case("ragged 64", 1000, 1300, 8, 2, 64, bf16, causal=False),
         case("ragged 96", 1000, 1300, 8, 2, 96, bf16),
@@ -235,5 +251,5 @@ def compile_cases() -> list[Compile]:
 @pytest.mark.timeout(900)
 def test_compiles_for_every_tpu():
     seen = compile_for_every_tpu(__name__)
-    assert len(seen) == 5 * 8
+    assert len(seen) == 5 * 7
     assert {case: error for case, error in seen.items() if error is not None} == {}

@@ -34,8 +34,6 @@ LANES = 128
 BLOCK = 512
 MAX_HEAD_DIM = 256
 UNSEEN = splash.DEFAULT_MASK_VALUE
-# exp(score - this) is 0 for every score, and this - UNSEEN is finite.
-NO_WEIGHT = 1e30
 # Segments that no other side has: padding sees nothing and is seen by nothing.
 QUERY_PADDING = np.iinfo(np.int32).min
 KEY_PADDING = QUERY_PADDING + 1
@@ -348,8 +346,9 @@ def _backward(
     delta = jnp.sum(out.astype(jnp.float32) * grad_out.astype(jnp.float32), axis=-1)
     if grad_lse is not None:
         delta = delta - grad_lse
+    # All scores of a query that sees nothing are UNSEEN: its weights exp(UNSEEN - lse) are 0.
     seen = jnp.isfinite(lse)
-    delta, lse = jnp.where(seen, delta, 0), jnp.where(seen, lse, NO_WEIGHT)
+    delta, lse = jnp.where(seen, delta, 0), jnp.where(seen, lse, 0)
     common: dict[str, Any] = dict(
         is_mqa=True,
         bq=plan.q_block,
