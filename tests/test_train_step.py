@@ -17,7 +17,7 @@ from mmx.training.metrics import to_record
 from mmx.training.optimizer import OptimizerOptions
 from mmx.training.schedule import LearningRate, Piece, constant
 from mmx.training.state import abstract_state, init_state
-from mmx.training.step import StepOptions, make_train_step
+from mmx.training.step import StepOptions, make_train_step, stack_micro_batches
 
 # fp32 gradients of about 0.1 summed in another order.
 SAME = 1e-6
@@ -100,16 +100,17 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
 
 
 def test_balance_loss_is_averaged_over_micro_batches():
+    config = small_config("l", vocab_size=20)
     options = dataclasses.replace(OPTIONS, balance_coef=0.5, z_loss_coef=0.0)
-    batch, params = make_batch(1, micro_batches=3), random_params(CONFIG, 1)
+    batch, params = make_batch(1, micro_batches=3), random_params(config, 1)
     grads, sums, targets = jax.jit(
         lambda params, batch: stepping._accumulate(
-            params, batch, jnp.int32(3), CONFIG, options, None
+            params, batch, jnp.int32(3), config, options, None
         )
     )(params, batch)
     single = jax.jit(
         jax.value_and_grad(
-            lambda params, batch: mmx.loss(params, batch, CONFIG, balance_coef=0.5), has_aux=True
+            lambda params, batch: mmx.loss(params, batch, config, balance_coef=0.5), has_aux=True
         )
     )
     total, balance, wanted = 0.0, 0.0, jax.tree.map(jnp.zeros_like, params)
@@ -320,6 +321,24 @@ def test_eight_devices_give_the_numbers_of_one():
     assert all(jax.tree.leaves(same))
     eight, _ = sharded(eight, split, 1)
     assert sharded.num_compiles == 1
+
+
+def test_micro_batches_are_stacked_and_filled_up():
+    batch = make_batch(3)
+    micro = [{name: a[i] for name, a in batch.items()} for i in range(3)]
+    stacked = stack_micro_batches(micro, 4)
+    for name, array in batch.items():
+        np.testing.assert_array_equal(stacked[name][:3], array[:3])
+        assert stacked[name].shape == array.shape
+        assert stacked[name].dtype == array.dtype
+        assert not stacked[name][3].any()
+    with pytest.raises(ValueError, match="3 micro-batches; there must be 1 to 2"):
+        stack_micro_batches(micro, 2)
+    with pytest.raises(ValueError, match="0 micro-batches"):
+        stack_micro_batches([], 2)
+    del micro[1]["labels"]
+    with pytest.raises(ValueError, match=r"micro-batch 1 has shapes .*; the first has .*labels"):
+        stack_micro_batches(micro, 4)
 
 
 BAD = [

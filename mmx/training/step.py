@@ -6,7 +6,7 @@ paid for the unused rest: 128M of them are 0.5 GB of int32 over all hosts. Feedi
 one by one would need a second program and the accumulated gradients as state between the two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -100,7 +100,7 @@ class TrainStep:
         Args:
           state: from `init_state` or an earlier step.
           batch: 'tokens' and, as needed, 'labels', 'mask', 'segment_ids' and 'sources' (source of
-            each token, -1 for padding), int32 [A, b, T].
+            each token, -1 for padding), int32 [A, b, T]; see `stack_micro_batches`.
           accumulation: micro-batches to use, the first ones; all A when None.
 
         Raises:
@@ -174,6 +174,29 @@ def make_train_step(
     out_shardings = None if state_shardings is None else (state_shardings, None)
     program = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return TrainStep(config, program)
+
+
+def stack_micro_batches(
+    micro_batches: Sequence[Mapping[str, np.ndarray]], max_accumulation: int
+) -> dict[str, np.ndarray]:
+    """Micro-batches [b, T] as the batch [A, b, T] of a step, A = `max_accumulation`; rest zeros.
+
+    Raises:
+      ValueError: none, too many, or micro-batches whose keys or shapes differ.
+    """
+    if not 1 <= len(micro_batches) <= max_accumulation:
+        raise ValueError(
+            f"{len(micro_batches)} micro-batches; there must be 1 to {max_accumulation}"
+        )
+    shapes = [{name: a.shape for name, a in micro.items()} for micro in micro_batches]
+    for number, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(f"micro-batch {number} has shapes {shape}; the first has {shapes[0]}")
+    batch = {}
+    for name, first in micro_batches[0].items():
+        batch[name] = np.zeros((max_accumulation, *first.shape), first.dtype)
+        np.stack([micro[name] for micro in micro_batches], out=batch[name][: len(micro_batches)])
+    return batch
 
 
 def compute_params(params: Params, config: ModelConfig, dtype: ComputeDtype) -> Params:
