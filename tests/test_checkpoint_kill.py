@@ -243,3 +243,24 @@ def test_no_room_for_the_manifest(tmp_path, monkeypatch, call):
     assert integrity.complete(tmp_path) == ([1, 4], {})
     here = {"w": jax.ShapeDtypeStruct((SIZE,), jnp.float32)}
     assert float(restore_params(tmp_path, 4, here)["w"].max()) == 4
+
+
+def test_a_replacement_that_cannot_get_its_name(tmp_path, monkeypatch):
+    """The old step is gone by then, so the new one, complete but for its name, must stay."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, 100, wait=True)
+    real = Path.rename
+
+    def refusing(path, target):
+        if path.name.endswith(integrity.SAVING):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(SaveFailed, match="Input/output error"):
+        save(checkpoints, 1, 200, wait=True)
+    monkeypatch.setattr(Path, "rename", real)
+    assert the_only_value(tmp_path) == (1, 200)
+    save(checkpoints, 2, 300)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002"]

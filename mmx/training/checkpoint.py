@@ -274,10 +274,10 @@ class Checkpoints:
         self._remove_old(step)
 
     def _remove_old(self, saved: int) -> None:
-        kept = integrity.complete(self.folder)[0][-self.keep :]
         try:
+            oldest = min(integrity.complete(self.folder)[0][-self.keep :], default=saved)
             for step, folder in integrity.step_folders(self.folder).items():
-                if step < min(kept) and step != saved:
+                if step < oldest and step != saved:
                     integrity.remove(folder)
         except OSError as error:
             warnings.warn(f"{self.folder}: old steps stay ({error.strerror})", stacklevel=2)
@@ -285,12 +285,17 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> SaveFailed:
         """Remove what the save has written; the error to raise."""
         self._checkpointer = None  # one that has failed may hold futures that never end
-        for partial in self.folder.glob(f"{_folder_of_save(self.folder, step).name}*"):
-            shutil.rmtree(partial, ignore_errors=True)
         told = error.strerror if isinstance(error, OSError) else str(error)
         cause = " ".join((told or type(error).__name__).split())[:120]
-        steps, _ = integrity.complete(self.folder)
-        left = f"steps {', '.join(map(str, steps))} are intact" if steps else "no step was lost"
+        try:
+            whole = integrity.step_folders(self.folder).get(step)  # may lack its last rename alone
+            for partial in self.folder.glob(f"{_folder_of_save(self.folder, step).name}*"):
+                if partial != whole:
+                    shutil.rmtree(partial, ignore_errors=True)
+            steps = ", ".join(map(str, integrity.complete(self.folder)[0]))
+            left = f"steps {steps} are intact" if steps else "no step was lost"
+        except OSError as unreadable:
+            left = f"the folder cannot be read ({unreadable.strerror})"
         remedy = "make room or make the folder writable"
         return SaveFailed(
             f"{self.folder}: step {step} could not be saved; {left}; {remedy} ({cause})"
