@@ -13,6 +13,7 @@ from data_corpora import make_corpus, numbered
 
 from mmx.data.batches import Batches
 from mmx.data.mixing import Weights
+from mmx.data.shards import ShardReader
 
 RNG = np.random.default_rng(5)
 SIZES = {s: np.exp(RNG.normal(m, 1.0, n)).astype(int) + 1
@@ -267,6 +268,16 @@ def test_loader_is_faster_than_a_model(corpus):
     for _ in range(30):
         next(it)
     assert 30 * 16 * 512 / (time.perf_counter() - start) > 100_000
+
+
+def test_a_long_document_is_read_from_disk_once(tmp_path, monkeypatch):
+    make_corpus(tmp_path, {"a": numbered([20_000, 20_000])})
+    reads = []
+    read = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda *a, **k: reads.append(a[1]) or read(*a, **k))
+    it = Batches(tmp_path, seq_len=64, batch_size=1, weights=None, seed=1, max_epochs=1)
+    assert len(list(it)) == 2 * 313
+    assert sorted(reads) == [0, 1]
 
 
 # ---------------------------------------------------------------- bad input

@@ -21,7 +21,7 @@ from mmx.data.batches import Batches
 from mmx.data.corpus import build_corpus, build_default
 from mmx.data.documents import Reading, find_units, read_documents
 from mmx.data.parts import Recipe
-from mmx.data.shards import Manifest, ShardReader, read_lengths
+from mmx.data.shards import Manifest, ShardReader, ShardWriter, read_lengths
 
 RNG = np.random.default_rng(0)
 WORDS = ["alpha", "Bärenfell", "x = 41", "naïve", "日本語", "the", "of", "\tfoo()", "<|x|>"]
@@ -253,6 +253,21 @@ def test_damage_is_repaired(built, inputs, tmp_path):
     (out / "train/.x.arrayrecord.7.tmp").write_text("half")
     build_corpus(recipe(inputs), out)
     assert contents(out) == contents(built)
+
+
+def test_an_interrupted_repair_is_no_finished_corpus(built, inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    (out / Manifest.load(out).splits["train"][0].file).unlink()
+
+    def interrupted(writer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus(recipe(inputs), out)
+    with pytest.raises(ValueError, match="no finished corpus"):
+        Manifest.load(out)
 
 
 def test_other_input_leaves_nothing_of_the_old(built, inputs, tmp_path):

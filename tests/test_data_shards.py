@@ -106,14 +106,17 @@ def test_truncated_and_missing_files_are_named_at_once(corpus, kept, attribute):
     assert "\n" not in str(caught.value)
 
 
-def test_shards_that_changed_places_are_noticed(corpus):
-    """Whole files, but not the ones of the manifest: sizes or contents differ."""
-    one, other = (corpus.folder / shard.file for shard in corpus.splits["train"])
+@pytest.mark.parametrize("other", [[3, 8], [8, 3]])
+def test_shards_that_changed_places_are_noticed(tmp_path, other):
+    """Whole files of the same size, but not where the manifest has them."""
+    corpus = make_corpus(tmp_path, {"a": numbered([3, 8]), "b": numbered(other)})
+    one, two = (tmp_path / shard.file for shard in corpus.splits["train"])
     data = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(data)
-    with pytest.raises(ValueError, match="corrupt"):
-        epoch(corpus.folder)
+    assert len(data) == two.stat().st_size
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    with pytest.raises(ValueError, match="is another document"):
+        epoch(tmp_path)
 
 
 @pytest.mark.parametrize(

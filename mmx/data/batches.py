@@ -277,6 +277,7 @@ class _Documents:
             self._ends.append(np.cumsum([shard.documents for shard in shards]))
         self._open: collections.OrderedDict[str, ShardReader] = collections.OrderedDict()
         self._kept: collections.OrderedDict[tuple[int, int], np.ndarray] = collections.OrderedDict()
+        self._kept_bytes = 0
 
     def read(self, piece: Piece) -> UInt32[np.ndarray, "length"]:
         key = piece.source, piece.document
@@ -284,10 +285,13 @@ class _Documents:
         ids = self._kept.pop(key, None)
         if ids is None:
             ids = self._load(piece.source, piece.document, whole)
-        if piece.length < whole:
+        else:
+            self._kept_bytes -= ids.nbytes
+        if piece.start + piece.length < whole:
             self._kept[key] = ids
-            while sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
+            self._kept_bytes += ids.nbytes
+            while self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return ids[piece.start : piece.start + piece.length]
 
     def _load(self, source: int, document: int, length: int) -> UInt32[np.ndarray, "T"]:
