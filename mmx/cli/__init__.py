@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with a checkpoint",
     "verify": "check every byte of a run's checkpoints",
     "data": "build token shards from text",
+    "plot": "draw the curves of a run",
 }
 
 

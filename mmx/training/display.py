@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 _PACE_STEPS = 64  # the time left follows from so many of the last steps
-_BAR_WIDTH = 16
 _SLOW_DATA = 0.01  # share of a step's time from which waiting for data is worth a word on the bar
 
 
@@ -115,7 +114,12 @@ class Display:
 
     def _fitting(self, numbers: list[str]) -> str:
         """The first of them, as many as there is room for beside the bar."""
-        room = self._console.width - _BAR_WIDTH - len(f"step {self._total:,}/{self._total:,}") - 2
+        room = (
+            self._console.width
+            - _bar_width(self._console)
+            - len(f"step {self._total:,}/{self._total:,}")
+            - 2
+        )
         while len(numbers) > 1 and len("  ".join(numbers)) > room:
             numbers = numbers[:-1]
         return "  ".join(numbers)
@@ -124,17 +128,18 @@ class Display:
         """What there is to say, most important first."""
         loss, mfu, wait = record.get("loss"), record.get("mfu"), record.get("data_wait")
         skipped, pace = record.get("num_skipped"), self._pace()
-        numbers = [f"loss {loss:.4f}" if loss is not None else "loss not finite"]
+        digits = 3 if short else 4
+        numbers = [f"loss {loss:.{digits}f}" if loss is not None else "loss not finite"]
         heldout = self._heldout if short else record.get("heldout_loss")
         if heldout is not None:
-            numbers.append(f"held-out {heldout:.4f}")
+            numbers.append(f"held-out {heldout:.{digits}f}")
         if pace is not None:
             numbers.append(f"ETA {_duration(pace * max(0, self._total - record['step']))}")
         tokens = record.get("tokens_per_second")
         if tokens is None and self._tokens is not None and pace:
             tokens = self._tokens / pace
         if tokens is not None:
-            numbers.append(f"{_count(tokens)} tokens/s")
+            numbers.append(f"{_count(tokens)} {'tok/s' if short else 'tokens/s'}")
         if mfu is not None:
             numbers.append(f"{mfu:.1%} of peak")
         if wait is not None and (wait >= _SLOW_DATA or not short):
@@ -147,7 +152,7 @@ class Display:
 def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("step {task.completed:,.0f}/{task.total:,.0f}", markup=False),
-        BarColumn(bar_width=_BAR_WIDTH),
+        BarColumn(bar_width=_bar_width(console)),
         TextColumn("{task.fields[numbers]}", markup=False),
         console=console,
         refresh_per_second=4,
@@ -155,6 +160,10 @@ def _bar(console: Console) -> Progress:
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
+
+
+def _bar_width(console: Console) -> int:
+    return 8 if console.width < 100 else 20
 
 
 def _count(number: float) -> str:
