@@ -36,6 +36,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#444444",
 }
 _SMOOTHED = 0.02  # a curve that is noisy from step to step is averaged over this share of a run
+_MOST_SOURCES = len(_COLOURS) - 1  # with a curve of their own
+_FEW_STEPS = 20
 _MOST_POINTS = 2000  # of a curve in the picture: more than it has pixels
 
 
@@ -79,6 +81,8 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
     with mpl.rc_context():
         mpl.rcdefaults()  # the same picture, whatever the user's own defaults are
         mpl.rcParams.update(_STYLE)
+        if max(len(run.records) for run in runs) < _FEW_STEPS:
+            mpl.rcParams["lines.marker"] = "."  # one point is no line
         figure = Figure(figsize=(17, 8), layout="constrained")
         FigureCanvasAgg(figure)
         _panels(figure, runs)
@@ -117,6 +121,10 @@ class _Run:
         numbers = [[_number(part) for part in row] for row in rows]
         return np.array(numbers, dtype=np.float64).reshape(len(rows), length)
 
+    def learned(self, values: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """Without those of the steps that were skipped: they taught nothing."""
+        return np.where(self.scalars("skipped") > 0, np.nan, values)
+
 
 def _load(run_dir: Path) -> _Run:
     records = read(run_dir)
@@ -150,25 +158,30 @@ def _number(value: Any) -> float:
 
 def _panels(figure: "Figure", runs: Sequence[_Run]) -> None:
     axes = figure.subplots(2, 4, sharex=True)
+    begin, end = (f(run.steps[i] for run in runs) for f, i in ((min, 0), (max, -1)))
+    axes[0, 0].set_xlim(begin - 1 - 0.02 * (end - begin + 1), end + 0.02 * (end - begin + 1))
     _draw_loss(axes[0, 0], runs)
     _draw_scalar(axes[0, 1], runs, "learning_rate", "learning rate")
-    axes[0, 1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes[0, 1].yaxis.set_major_formatter("{x:g}")
     _draw_grad_norm(axes[0, 2], runs)
     _draw_scalar(axes[0, 3], runs, "tokens_per_second", "tokens/s", smooth=True)
     axes[0, 3].yaxis.set_major_formatter(_engineering())
-    _draw_layers(axes[1, 0], runs, "router_load", "router load: busiest expert / mean")
+    if len(runs) == 1:
+        axes[0, 3].set_title(_speed(runs[0]), loc="right", color=_GREY, fontsize=8)
+    _draw_layers(axes[1, 0], runs, "router_load", "router load (busiest / mean)")
     _draw_layers(axes[1, 1], runs, "router_entropy", "router entropy (nats)")
     _draw_layers(axes[1, 2], runs, "dropped_tokens", "dropped choices (%)", scale=100)
-    _draw_layers(axes[1, 3], runs, "lightning_state_norm", "lightning states (root mean square)")
+    _draw_layers(axes[1, 3], runs, "lightning_state_norm", "lightning states (rms)")
     for panel in axes[1]:
         panel.set_xlabel("step")
         panel.xaxis.set_major_formatter(_engineering())
+        panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in axes.flat:
         if not panel.has_data():
             panel.text(
                 0.5, 0.5, "not recorded", color=_GREY, ha="center", transform=panel.transAxes
             )
-            panel.tick_params(labelleft=False)
+            panel.tick_params(left=False, labelleft=False)
             panel.grid(visible=False)
     title = _title(runs[0]) if len(runs) == 1 else ", ".join(run.name for run in runs)
     figure.suptitle(_literal(title), x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -176,7 +189,7 @@ def _panels(figure: "Figure", runs: Sequence[_Run]) -> None:
 
 def _title(run: _Run) -> str:
     loss = run.scalars("loss")
-    title = f"{run.name}  ·  {run.steps[-1]:,.0f} steps"
+    title = f"{run.name}  ·  step {run.steps[-1]:,.0f}"
     tokens = np.nansum(run.scalars("num_tokens"))
     if tokens:
         title += f"  ·  {tokens:,.0f} tokens"
@@ -186,19 +199,26 @@ def _title(run: _Run) -> str:
     return title + (f"  ·  held-out {heldout[-1]:.4f}" if heldout.size else "")
 
 
+def _speed(run: _Run) -> str:
+    """The middle of what the steps say about the use of the device."""
+    shares = {"of peak": run.scalars("mfu"), "data wait": run.scalars("data_wait")}
+    known = {name: x[np.isfinite(x)] for name, x in shares.items()}
+    return ", ".join(f"{np.median(x):.1%} {name}" for name, x in known.items() if x.size)
+
+
 def _draw_loss(panel: "Axes", runs: Sequence[_Run]) -> None:
     single = len(runs) == 1
-    panel.set_title("loss (nats a token)")
+    panel.set_title("loss (nats a token)" + ("" if single else ", dashed: held out"))
     seen = []
     for run, colour in _coloured(runs):
         loss = run.scalars("loss")
-        smoothed = _smooth(loss)
+        smoothed = _smooth(run.learned(loss))
         seen.append(smoothed)
+        label = "all" if single else run.name
+        panel.plot(*_thin(run.steps, smoothed), color=colour, label=_literal(label), zorder=3)
         if single:
             panel.plot(*_thin(run.steps, loss), color=colour, alpha=0.25, linewidth=0.7)
             seen += _draw_sources(panel, run)
-        label = "all" if single else run.name
-        panel.plot(*_thin(run.steps, smoothed), color=colour, label=_literal(label), zorder=3)
         steps, heldout = _heldout(run)
         if heldout.size:
             seen.append(heldout)
@@ -218,21 +238,23 @@ def _draw_loss(panel: "Axes", runs: Sequence[_Run]) -> None:
 
 
 def _draw_sources(panel: "Axes", run: _Run) -> list[Float[np.ndarray, "N"]]:
-    """The loss of each source that has targets, where there are several."""
+    """The loss of each source, where there are several; of many those with most targets."""
     sums, tokens = run.lists("loss_by_source"), run.lists("tokens_by_source")
     if sums.shape != tokens.shape or sums.shape[1] < 2:
         return []
     curves = []
-    for index in range(sums.shape[1]):
+    most = np.argsort(-np.nansum(tokens, axis=0), kind="stable")[:_MOST_SOURCES]
+    for index in sorted(most):
         # Means of means would count a step with three targets as much as one with thousands.
-        total, count = _smooth(sums[:, index]), _smooth(tokens[:, index])
+        total = _smooth(run.learned(sums[:, index]))
+        count = _smooth(run.learned(np.where(np.isnan(sums[:, index]), np.nan, tokens[:, index])))
         with np.errstate(divide="ignore", invalid="ignore"):
             curve = np.where(count > 0, total / count, np.nan)
         if not np.isfinite(curve).any():
             continue
         names = run.source_names
         name = names[index] if index < len(names) else f"source {index}"
-        colour = _COLOURS[1 + index % (len(_COLOURS) - 1)]
+        colour = _COLOURS[1 + len(curves)]
         panel.plot(
             *_thin(run.steps, curve), color=colour, linewidth=0.9, alpha=0.9, label=_literal(name)
         )
@@ -249,7 +271,7 @@ def _draw_grad_norm(panel: "Axes", runs: Sequence[_Run]) -> None:
             continue
         panel.set_yscale("log")
         panel.plot(*_thin(run.steps, norm), color=colour, alpha=0.35, linewidth=0.8)
-        panel.plot(*_thin(run.steps, _smooth(norm)), color=colour)
+        panel.plot(*_thin(run.steps, _smooth(run.learned(norm))), color=colour)
         skipped = run.scalars("skipped") > 0
         num_skipped += int(skipped.sum())
         # On the upper edge where the norm was not finite.
@@ -293,7 +315,8 @@ def _draw_layers(
         panel.plot(thin, mean, color=colour)
     if panel.has_data() and len(runs) == 1:
         layers = runs[0].lists(name).shape[1]
-        panel.set_title(f"mean and range of {layers} layers", loc="right", color=_GREY, fontsize=8)
+        text = f"mean and range of {layers} layers" if layers > 1 else "1 layer"
+        panel.set_title(text, loc="right", color=_GREY, fontsize=8)
 
 
 # ---------------------------------------------------------------- numbers
@@ -310,15 +333,16 @@ def _heldout(run: _Run) -> tuple[Float[np.ndarray, "M"], Float[np.ndarray, "M"]]
 
 
 def _smooth(values: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """Mean over a window around each number, cut at the ends; NaN counts for nothing."""
-    half = int(_SMOOTHED * len(values) / 2)
+    """Mean over a window around each number; NaN counts for nothing."""
+    half = round(_SMOOTHED * len(values) / 2)
     known = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0))])
     count = np.concatenate([[0], np.cumsum(known)])
     index = np.arange(len(values))
-    # The window shrinks on both sides alike, or the ends of a falling curve would bend.
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    low, high = index - reach, index + reach + 1
+    # At the beginning, where losses fall fast, the window shrinks on both sides alike, or the curve
+    # would begin too low. At the end it keeps its left half: one step alone says little.
+    reach = np.minimum(half, index)
+    low, high = index - reach, np.minimum(index + reach + 1, len(values))
     number = count[high] - count[low]
     mean = (total[high] - total[low]) / np.maximum(number, 1)
     return np.where(number > 0, mean, np.nan)
