@@ -301,8 +301,8 @@ def _asked(draw: Draw, texts: _Texts, tokens: int, number: int) -> Ids:
     """Generated text or, in every second document, that of the corpus; facts in it; questions."""
     least, most = _FACTS
     encode = functools.partial(bpe.encode, texts.tokenizer)
-    # A question and its fact take about thirty tokens; text keeps half of a short document.
-    count = min(least + int(draw() * (most + 1 - least)), tokens // 64)
+    # A fact and its question have at most 77 characters, each of them a token at worst.
+    count = min(least + int(draw() * (most + 1 - least)), max(1, tokens // 96))
     facts = draw_facts(draw, count)
     asked = facts[:]
     for last in range(count - 1, 0, -1):
@@ -311,13 +311,7 @@ def _asked(draw: Draw, texts: _Texts, tokens: int, number: int) -> Ids:
     end = encode("".join(f"{question(place)}{value}.\n" for place, value in asked))
     inserts = [((i + draw()) / count, encode(fact(*f) + "\n")) for i, f in enumerate(facts)]
     line_break = encode("\n")
-    taken = len(line_break) + len(end) + sum(len(ids) for _, ids in inserts)
-    room = tokens - taken
-    if room < 1:
-        raise ValueError(
-            f"{count} facts with their questions take {taken} tokens of this tokenizer, too many "
-            f"for documents of {tokens}; give longer lengths"
-        )
+    room = tokens - len(line_break) - len(end) - sum(len(ids) for _, ids in inserts)
     pool = texts.stretch(draw, room) if number % 2 else filler(draw, texts.tokenizer, room)
     text = np.append(texts.cut(pool, room), line_break)
     return np.concatenate([scatter(text, line_starts(texts.tokenizer, text), inserts), end])
