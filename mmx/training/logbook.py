@@ -139,12 +139,14 @@ def _scan(file: BinaryIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = None
         record = record if isinstance(record, dict) else {}
         step = record.get("step")
-        if isinstance(step, int) and not isinstance(step, bool) and step > last_step:
+        if isinstance(step, bool) or not isinstance(step, int):
+            step = None
+        if step is not None and step > last_step:
             yield end, record
             last_step = step
         elif not line.endswith(b"\n"):
             return  # torn: only the last line can lack its end
-        elif isinstance(step, int):
+        elif step is not None:
             raise ValueError(
                 f"{path}: line {number} is of step {step} and follows step {last_step}; two "
                 "processes wrote it, or it was edited: remove the line"
