@@ -235,6 +235,44 @@ def _bench_4b() -> ModelConfig:
     )
 
 
+def _small(
+    *, vocab_size: int, embed_dim: int, heads: int, head_dim: int, superblocks: int,
+    experts: int, expert_dim: int,
+) -> ModelConfig:  # fmt: skip
+    """MiniMax-Text-01's proportions at another size: 7 + 1 layers, half of each head rotated."""
+    alpha = (2 * 8 * superblocks) ** 0.25
+    return dataclasses.replace(
+        _released(superblocks=superblocks),
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_heads=heads,
+        num_kv_heads=max(1, heads // 4),
+        head_dim=head_dim,
+        rotary_dim=head_dim // 2,
+        num_experts=experts,
+        expert_dim=expert_dim,
+        rope_theta=10_000.0,
+        lightning_alpha=alpha,
+        softmax_alpha=alpha,
+        mlp_alpha=alpha,
+    )
+
+
+def _demo() -> ModelConfig:
+    small = _small(
+        vocab_size=4096, embed_dim=128, heads=8, head_dim=16, superblocks=1, experts=4,
+        expert_dim=128,
+    )  # fmt: skip
+    return dataclasses.replace(small, chunk_size=64)
+
+
+def _1b() -> ModelConfig:
+    return _small(
+        vocab_size=32_000, embed_dim=1024, heads=16, head_dim=64, superblocks=2, experts=8,
+        expert_dim=2048,
+    )  # fmt: skip
+
+
 def _tiny() -> ModelConfig:
     alpha = (2 * 8) ** 0.25
     return ModelConfig(
@@ -262,6 +300,8 @@ PRESETS = {
     "minimax-m1-80k": lambda: _released(superblocks=10),
     "slice-8": lambda: _released(superblocks=1),
     "bench-4b": _bench_4b,
+    "1b": _1b,
+    "demo": _demo,
     "tiny": _tiny,
 }
 

@@ -112,7 +112,8 @@ def test_unknown_command(capsys):
     assert main(["serve"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "mmx: error: unknown command 'serve'; choose one of info, generate\n"
+    names = "info, generate, train, verify, data, plot"
+    assert err == f"mmx: error: unknown command 'serve'; choose one of {names}\n"
 
 
 @pytest.mark.parametrize(

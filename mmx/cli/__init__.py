@@ -11,11 +11,14 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
-    "generate": "continue a prompt with a checkpoint",
+    "generate": "continue a prompt with a checkpoint or a run",
+    "train": "train a preset from text to a checkpoint, or go on",
     "verify": "check every byte of a run's checkpoints",
     "data": "build token shards from text",
     "plot": "draw the curves of a run",
 }
+# Commands that are recipes: found by name, since nothing here may import what stands above it.
+RECIPES = {"train": "recipes.pretrain"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,11 +49,13 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}")
     warnings.showwarning = _show_warning
     try:
-        return importlib.import_module(f"mmx.cli.{name}").main(rest)
+        return importlib.import_module(RECIPES.get(name, f"mmx.cli.{name}")).main(rest)
     except (ValueError, NotImplementedError) as error:
         return _fail(str(error))
-    except (PermissionError, IsADirectoryError, FileNotFoundError) as error:
-        return _fail(f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.strerror is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     except KeyboardInterrupt:
         return 130
 

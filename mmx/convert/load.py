@@ -28,7 +28,7 @@ _NUMPY_DTYPES = {
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The config of a checkpoint folder.
+    """The config of a checkpoint folder, or of the last checkpoint of a training run.
 
     Raises:
       ValueError: no folder, no config.json, or one that `ModelConfig.from_hf` refuses.
@@ -36,6 +36,10 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a checkpoint is a folder with a config.json")
+    if _is_run(folder):
+        from mmx.training.runs import run_config
+
+        return run_config(folder)[1]
     fields = read_json(folder, "config.json")
     try:
         return ModelConfig.from_hf(fields)
@@ -45,11 +49,12 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[ModelConfig, Params]:
-    """Load a checkpoint folder in the released or the transformers layout.
+    """Load a checkpoint folder in the released or the transformers layout, or a training run.
 
     One file or many with an index, separate or fused experts, with or without stored decay tables;
     of a MiniMax-VL-01 folder the text model, with a warning. Everything is checked against the
-    headers before any data is read; then memory holds one tensor beyond the result.
+    headers before any data is read; then memory holds one tensor beyond the result. Of the folder
+    of a run (`mmx train`), the fp32 master parameters of its last checkpoint.
 
     Args:
       path: the folder; nothing outside it is read and nothing in it is run.
@@ -63,6 +68,10 @@ def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[Mod
         dtype, a config that is not supported. The message names file, key and remedy.
     """
     folder = Path(path)
+    if _is_run(folder):
+        from mmx.training.runs import load_run
+
+        return load_run(folder, dtype=None if dtype is None else _float_dtype(dtype))
     config = load_config(folder)
     wanted = None if dtype is None else _float_dtype(dtype)
     checkpoint = SafetensorsFolder(folder)
@@ -76,6 +85,11 @@ def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[Mod
         assert spec is not None
         leaves[name] = _read_leaf(checkpoint, group, spec, wanted)
     return config, _nest(leaves)
+
+
+def _is_run(folder: Path) -> bool:
+    """A folder of checkpoints of our own; whoever has both means the Hugging Face one."""
+    return (folder / "checkpoints").is_dir() and not (folder / "config.json").exists()
 
 
 def _float_dtype(dtype: Any) -> np.dtype:

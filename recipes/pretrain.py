@@ -1,0 +1,273 @@
+"""Pretrain a MiniMax-style model: from text files to a checkpoint that resumes bit for bit.
+
+    mmx train demo                      three minutes on a laptop, text included
+    mmx train 1b --corpus SHARDS        one H200
+    mmx train 456b --corpus SHARDS      MiniMax-Text-01, a pod
+
+Run again on the same --run-dir and it goes on from the last checkpoint. The learning rate follows
+the preset's schedule, whatever --steps says.
+"""
+
+import difflib
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mmx.config import preset
+from mmx.data.batches import Batches
+from mmx.data.corpus import build_default
+from mmx.data.mixing import Weights
+from mmx.data.shards import Manifest
+from mmx.training.loop import Plan, Result, train
+from mmx.training.optimizer import OptimizerOptions
+from mmx.training.schedule import (
+    BatchSchedule,
+    LearningRate,
+    minimax_batches,
+    minimax_learning_rate,
+    warm_up_stable_decay,
+)
+from mmx.training.step import StepOptions
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretrain a model. What is not given is as in the preset."""
+
+    model: str
+    """A preset of `mmx info`."""
+    run_dir: Path
+    """Where everything goes; a run found there is continued."""
+    corpus: Path | None
+    """Token shards of `mmx data build`; none: the standard library of this Python."""
+    weights: tuple[tuple[str, float], ...]
+    """Shares of the sources, each as NAME SHARE; none: as large as they are."""
+    max_epochs: int | None
+    """How often a source may be read."""
+    seq_len: int
+    """Tokens a row."""
+    batch_size: int
+    """Rows of a micro-batch, over all devices."""
+    accumulation: tuple[tuple[int, int], ...]
+    """(tokens seen, micro-batches a step), rising from 0; none: MiniMax-01's 16M to 128M tokens."""
+    steps: int
+    """Where to stop."""
+    schedule_steps: int | None
+    """Steps of the learning rate's schedule; none: MiniMax-01's own, over 11.4T tokens."""
+    peak_lr: float = 2e-4
+    """Learning rate after the warm-up."""
+    end_lr: float = 3e-5
+    """Learning rate at the end of the exponential decay, the last fifth of the schedule."""
+    warm_up_steps: int = 500
+    """Of the learning rate."""
+    weight_decay: float = 0.1
+    """On matrices."""
+    z_loss_coef: float = 0.0
+    """Of the squared logsumexp of the logits."""
+    capacity_factor: float | None = None
+    """Tokens an expert takes, as a multiple of its even share; none: no token is dropped."""
+    initialisation: Literal["xavier", "deepnorm"] = "deepnorm"
+    """Of the parameters."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of matrices and activations; master parameters are float32."""
+    remat: Literal["none", "superblock", "layer"] = "layer"
+    """What the backward pass computes again."""
+    seed: int = 0
+    """Of parameters and data order."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    heldout_every: int = 500
+    """Steps between measurements of the held-out loss."""
+    sample_every: int = 500
+    """Steps between texts written by the model."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases to report to."""
+
+
+PRESETS = {
+    "demo": Pretrain(
+        model="demo",
+        run_dir=Path("runs/demo"),
+        corpus=None,
+        weights=(
+            ("stdlib-code", 0.6),
+            ("stdlib-docstrings", 0.25),
+            ("pydoc-topics", 0.1),
+            ("synthetic", 0.05),
+        ),
+        max_epochs=None,
+        seq_len=256,
+        batch_size=16,
+        accumulation=((0, 1),),
+        steps=240,
+        schedule_steps=240,
+        peak_lr=4e-3,
+        end_lr=4e-4,
+        warm_up_steps=20,
+        compute_dtype="float32",
+        remat="none",
+        save_every=80,
+        heldout_every=80,
+        sample_every=120,
+    ),
+    "1b": Pretrain(
+        model="1b",
+        run_dir=Path("runs/1b"),
+        corpus=None,
+        weights=(),
+        max_epochs=4,
+        seq_len=8192,
+        batch_size=8,
+        accumulation=((0, 4), (2 << 30, 8)),
+        steps=40_000,
+        schedule_steps=40_000,
+        peak_lr=6e-4,
+        end_lr=6e-5,
+    ),
+    "456b": Pretrain(
+        model="minimax-text-01",
+        run_dir=Path("runs/456b"),
+        corpus=None,
+        weights=(),
+        max_epochs=4,
+        seq_len=8192,
+        batch_size=256,
+        accumulation=(),
+        steps=200_000,
+        schedule_steps=None,
+        capacity_factor=1.25,
+    ),
+}
+PROMPTS = ("def ", "class Test", "The ", "import ")
+
+
+def plan_of(recipe: Pretrain, num_sources: int) -> Plan:
+    """What to train, as the library wants to know it."""
+    micro_batch = recipe.seq_len * recipe.batch_size
+    batches = minimax_batches(micro_batch)
+    if recipe.accumulation:
+        stages = tuple((seen, count * micro_batch) for seen, count in recipe.accumulation)
+        batches = BatchSchedule(micro_batch, stages)
+    return Plan(
+        config=preset(recipe.model),
+        options=StepOptions(
+            learning_rate=learning_rate(recipe, batches),
+            optimizer=OptimizerOptions(weight_decay=recipe.weight_decay),
+            z_loss_coef=recipe.z_loss_coef,
+            capacity_factor=recipe.capacity_factor,
+            compute_dtype=recipe.compute_dtype,
+            remat=recipe.remat,
+            num_sources=num_sources,
+        ),
+        batches=batches,
+        seq_len=recipe.seq_len,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        initialisation=recipe.initialisation,
+        save_every=recipe.save_every,
+        keep=recipe.keep,
+        heldout_every=recipe.heldout_every,
+        sample_every=recipe.sample_every,
+        prompts=PROMPTS,
+        tensorboard=recipe.tensorboard,
+        wandb=recipe.wandb,
+    )
+
+
+def learning_rate(recipe: Pretrain, batches: BatchSchedule) -> LearningRate:
+    """Warm-up, constant, exponential tail; or the one of the paper."""
+    if recipe.schedule_steps is None:
+        return minimax_learning_rate(batches)
+    return warm_up_stable_decay(
+        recipe.schedule_steps,
+        recipe.peak_lr,
+        recipe.end_lr,
+        warm_up_steps=recipe.warm_up_steps,
+        decay_steps=max(1, recipe.schedule_steps // 5),
+        shape="exponential",
+    )
+
+
+def corpus_of(recipe: Pretrain) -> Manifest:
+    """The shards asked for; or those of the standard library, built once for each vocabulary."""
+    if recipe.corpus is not None:
+        return Manifest.load(recipe.corpus)
+    vocab_size = min(preset(recipe.model).vocab_size, 32_768)
+    folder = recipe.run_dir.parent / f"corpus-stdlib-{vocab_size}"
+    print(f"corpus: the standard library of this Python, in {folder}", flush=True)
+    return build_default(folder, vocab_size=vocab_size, workers=os.cpu_count() or 1)
+
+
+def run(recipe: Pretrain) -> Result:
+    """Build what is missing, train, or go on training."""
+    import jax
+
+    config = preset(recipe.model)
+    if recipe.seq_len > config.max_seq_len:
+        raise ValueError(
+            f"--seq-len {recipe.seq_len} is more than max_seq_len={config.max_seq_len} of the model"
+        )
+    manifest = corpus_of(recipe)
+    weights = Weights.constant(dict(recipe.weights)) if recipe.weights else None
+    batches = functools.partial(
+        Batches,
+        manifest.folder,
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    data = batches(weights=weights, max_epochs=recipe.max_epochs)
+    heldout = batches(weights=None, max_epochs=1, split="heldout")
+    plan = plan_of(recipe, len(manifest.sources))
+    try:
+        return train(plan, recipe.run_dir, data, heldout, manifest)
+    finally:
+        data.close()
+        heldout.close()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`mmx train PRESET [OPTIONS]`."""
+    name, *rest = arguments or ["--help"]
+    names = ", ".join(PRESETS)
+    if name in ("-h", "--help"):
+        print(f"usage: mmx train PRESET [OPTIONS]\n\n{__doc__}\npresets: {names}")
+        return 0
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown preset {name!r}; {hint}The presets are {names}")
+    recipe = tyro.cli(Pretrain, prog=f"mmx train {name}", args=rest, default=PRESETS[name])
+    result = run(recipe)
+    _report(recipe, result)
+    return 0
+
+
+def _report(recipe: Pretrain, result: Result) -> None:
+    """What came out, and what to do next."""
+    if result.heldout_before is not None and result.heldout_after is not None:
+        share = 1 - result.heldout_after / result.heldout_before
+        print(
+            f"held-out loss {result.heldout_before:.3f} before training, "
+            f"{result.heldout_after:.3f} after step {result.step}: {share:.0%} less"
+        )
+    if not result.finished:
+        print(f"run the same command again to go on from step {result.step}")
+        return
+    from mmx.training.plotting import draw
+
+    print(f"plot: {draw(recipe.run_dir, recipe.run_dir / 'plot.png')}")
+    print(f"samples: {recipe.run_dir / 'samples'}")
+    print(f"checkpoint: {recipe.run_dir / 'checkpoints'} (mmx verify {recipe.run_dir})")
+    print(f"next: mmx generate {recipe.run_dir} --prompt 'def ', or train on with a higher --steps")
