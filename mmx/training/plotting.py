@@ -233,7 +233,7 @@ def _draw_loss(panel: "Axes", runs: Sequence[_Run]) -> None:
                 label="held out" if single else None,
                 zorder=4,
             )
-    _focus(panel, np.concatenate(seen))
+    _focus(panel, seen)
     panel.legend(loc="upper right", ncols=2 if len(panel.lines) > 6 else 1)
 
 
@@ -357,14 +357,16 @@ def _thin(
     return steps[chosen], values[chosen]
 
 
-def _focus(panel: "Axes", values: Float[np.ndarray, "N"]) -> None:
-    """Limits around what the smoothed curves show: one spike would flatten all of them."""
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return
-    low, high = values.min(), max(np.percentile(values, 99.5), values[0])
-    margin = 0.05 * max(high - low, 1e-3 * abs(high), 1e-9)
-    panel.set_ylim(low - margin, high + margin)
+def _focus(panel: "Axes", curves: Sequence[Float[np.ndarray, "_"]]) -> None:
+    """Limits around where curves begin and nearly all they do: one spike would flatten them."""
+    known = [curve[np.isfinite(curve)] for curve in curves]
+    known = [curve for curve in known if curve.size]
+    if known:
+        # A spike in a smoothed curve is as wide as the window.
+        high = max(max(curve[0], np.quantile(curve, 1 - 1.5 * _SMOOTHED)) for curve in known)
+        low = min(curve.min() for curve in known)
+        margin = 0.05 * max(high - low, 1e-3 * abs(high), 1e-6)
+        panel.set_ylim(low - margin, high + margin)
 
 
 # ---------------------------------------------------------------- drawing
