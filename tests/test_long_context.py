@@ -35,7 +35,7 @@ def code(number, lines):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     root = tmp_path_factory.mktemp("base")
-    texts = [code(i, 5 if i % 3 else 120) for i in range(120)]
+    texts = [code(i, 5 if i % 3 else 60) for i in range(120)]
     (root / "code.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     draw = random.Random(0)
     facts = [
@@ -117,13 +117,15 @@ def test_text_is_that_of_the_train_split_alone(base, long):
 
 def test_joined_documents_are_neighbours(base, long):
     """Files in a document follow each other as in the base."""
+    several = 0
     order = [int(n) for text in texts_of(base, "code") for n in re.findall(r"^# file (\d+)", text)]
     for text in texts_of(long, "long-text-2048"):
         files = list(dict.fromkeys(re.findall(r"^x_(\d+)_|# file (\d+)|    x_(\d+)_", text, re.M)))
         numbers = list(dict.fromkeys(int("".join(groups)) for groups in files))
-        assert len(numbers) >= 1
+        several += len(numbers) > 2
         first = order.index(numbers[0])
         assert numbers == [order[(first + i) % len(order)] for i in range(len(numbers))]
+    assert several > 6
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -173,11 +175,12 @@ def test_bytes_depend_on_neither_workers_nor_interruptions(base, long, tmp_path)
     want = digests(long.folder)
     build(base, tmp_path / "two", workers=2)
     assert digests(tmp_path / "two") == want
-    # As a kill would leave it: one input half written, one source without its shards.
+    # As a kill would leave it: one input not noted as done, one source without its shards; and one
+    # input damaged.
     out = tmp_path / "two"
     (out / "manifest.json").unlink()
     (out / "input/long-qa-512.json").unlink()
-    half = out / "input/long-qa-512.jsonl"
+    half = out / "input/long-text-512.jsonl"
     half.write_bytes(half.read_bytes()[:999])
     for file in (out / "train").glob("long-text-2048*"):
         file.unlink()
@@ -317,6 +320,22 @@ def test_any_number_of_samples_makes_a_stage(samples):
         name = f"long-qa-{length}"
         assert weights.at(samples // 2)[name] == 0
         assert weights.at(samples)[name] == pytest.approx(0.1, abs=1e-12)
+
+
+def test_documents_whose_tokens_change_where_they_are_cut_fit_too(tmp_path):
+    """Between line break and indentation of one space; a fact there makes two tokens of one."""
+    draw = random.Random(0)
+    text = "\n".join(f"\n {draw.choice('abcd')}" for _ in range(4000))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    inputs = (str(tmp_path / "t.jsonl"),)
+    base = build_corpus(Recipe(inputs, vocab_size=300, heldout=0), tmp_path / "base")
+    tokenizer = bpe.load_tokenizer(base.tokenizer_file)
+    assert len(bpe.encode(tokenizer, "\n\n a")) == 2
+    assert len(bpe.encode(tokenizer, "\n\nThe")) == len(bpe.encode(tokenizer, "The")) + 2
+    manifest = build(base, tmp_path / "out", lengths=(1024,))
+    sizes = lengths_of(manifest, "long-qa-1024")
+    assert sizes.min() > 970
+    assert sizes.max() <= 1024
 
 
 def test_facts_fit_documents_of_a_tokenizer_of_bytes(base, tmp_path):
