@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -11,11 +12,13 @@ import tyro
 class Plot:
     """Draw the curves of a run, or of several over one another."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The folder of a run."""
-    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    others: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN ...]")
+    ] = ()
     """More runs to draw over it."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The picture: .png, .pdf or .svg. Of one run it is RUN/plot.png where this is left out."""
 
 
@@ -27,8 +30,5 @@ def main(arguments: Sequence[str]) -> int:
     from mmx.training.plotting import compare
 
     out = options.out or options.run / "plot.png"
-    try:
-        print(compare([options.run, *options.others], out))
-    except OSError as error:
-        raise ValueError(f"{error.filename or out}: {error.strerror}") from None
+    print(compare([options.run, *options.others], out))
     return 0
