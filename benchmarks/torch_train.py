@@ -22,7 +22,8 @@ Run = Callable[[], Any]
 
 def make_model(config: ModelConfig) -> Any:
     """`MiniMaxForCausalLM` of this shape with random bf16 weights, ready to train; sdpa."""
-    assert torch is not None and transformers is not None
+    assert torch is not None
+    assert transformers is not None
     # What its config cannot say (RoPE width, slopes) costs the same time.
     fields = dataclasses.replace(
         config, rotary_dim=config.head_dim, slope_base="geometric", slope_layer_epsilon=1e-5
@@ -40,7 +41,8 @@ def make_model(config: ModelConfig) -> Any:
 
 def about(model: Any) -> dict[str, Any]:
     """Versions, and the parameters that get gradients."""
-    assert torch is not None and transformers is not None
+    assert torch is not None
+    assert transformers is not None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     versions = {"version": transformers.__version__, "torch": torch.__version__}
     return {"peer": "transformers", **versions, "params": trained}
