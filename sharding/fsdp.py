@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 AXIS = "fsdp"
 # The dimension of a parameter that is split, in order of preference: those that all devices read
@@ -15,7 +15,7 @@ _SPLIT = ("embed", "vocab", "expert_mlp", "mlp", "heads", "experts")
 def fsdp_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices along one axis."""
     found = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(found),), (AXIS,), devices=found)
+    return jax.make_mesh((len(found),), (AXIS,), axis_types=(AxisType.Auto,), devices=found)
 
 
 def parameter_spec(

@@ -72,6 +72,7 @@ def train(
     manifest: Manifest,
     *,
     params: Params | None = None,
+    placement: Placement | None = None,
 ) -> Result:
     """Train, or go on training, in a run folder.
 
@@ -85,6 +86,7 @@ def train(
       heldout: batches of the held-out split, or None.
       manifest: of the corpus; its tokenizer is copied into the folder.
       params: begin with these instead of random ones, when the folder has no checkpoint.
+      placement: of the arrays; None spreads them over all devices.
 
     Raises:
       ValueError: the folder belongs to another model or corpus, or cannot be written.
@@ -92,7 +94,8 @@ def train(
       SaveFailed: the last checkpoint could not be written.
     """
     with ExitStack() as stack:
-        run = _open(plan, run_dir, data, heldout, manifest, params, stack)
+        placement = default_placement(plan.rows) if placement is None else placement
+        run = _open(plan, run_dir, data, heldout, manifest, params, placement, stack)
         stop = stack.enter_context(_signals())
         run.measure_before()
         while run.step < plan.steps and not _agreed(stop["asked"]):
@@ -113,6 +116,7 @@ def _open(
     heldout: Batches | None,
     manifest: Manifest,
     params: Params | None,
+    placement: Placement,
     stack: ExitStack,
 ) -> "_Run":
     """Restore or begin; everything that can be refused is refused here."""
@@ -125,7 +129,6 @@ def _open(
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run_dir}: {error.strerror}; choose another run folder") from None
-    placement = default_placement(plan.rows)
     shardings = placement.shardings(plan.config, plan.options.optimizer)
     checkpoints = stack.enter_context(
         Checkpoints(run_dir / "checkpoints", keep=plan.keep, save_every=plan.save_every)
