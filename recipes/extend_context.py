@@ -246,7 +246,7 @@ def _train(
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    data = Batches(long.folder, weights=weights, **rows)
+    data = Batches(long.folder, weights=weights, split="train", max_epochs=None, **rows)
     heldout = Batches(base.folder, weights=None, split="heldout", max_epochs=1, **rows)
     try:
         return train(
@@ -256,6 +256,7 @@ def _train(
             heldout,
             long,
             params=params,
+            placement=default_placement(stage.batch_size),
         )
     finally:
         data.close()

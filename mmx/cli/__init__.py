@@ -13,12 +13,13 @@ COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
     "generate": "continue a prompt with a checkpoint or a run",
     "train": "train a preset from text to a checkpoint, or go on",
+    "extend": "extend the context of a run in stages",
     "verify": "check every byte of a run's checkpoints",
     "data": "build token shards from text",
     "plot": "draw the curves of a run",
 }
 # Commands that are recipes: found by name, since nothing here may import what stands above it.
-RECIPES = {"train": "recipes.pretrain"}
+RECIPES = {"train": "recipes.pretrain", "extend": "recipes.extend_context"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,113 @@
+"""The recipe of context extension on a model of seconds: what it reports, and going on."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import train_runs
+
+from mmx.data import tokenizer as bpe
+from mmx.evaluation.needles import needle_accuracy
+from mmx.training.placement import Placement
+from mmx.training.runs import load_run, run_config
+from recipes import extend_context
+from recipes.extend_context import PRESETS, ExtendContext, Stage
+
+STAGES = (
+    Stage(128, 20_000.0, 5, 1e-3, 8, mix=(0.3, 0.7, 0.0)),
+    Stage(256, 40_000.0, 5, 1e-3, 8, mix=(0.35, 0.35, 0.3)),
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("extend")
+    manifest = train_runs.corpus(root / "corpus")
+    train_runs.run(manifest, root / "run", 3)
+    return root, manifest
+
+
+def recipe_of(root: Path, manifest, name="long", **changes):
+    return ExtendContext(
+        from_run=root / "run", run_dir=root / name, corpus=manifest.folder, documents=6,
+        depths=(0.0, 1.0), needles=2, compute_dtype="float32", remat="none", short_len=32,
+        tensorboard=False, **{"stages": STAGES, **changes},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypatch):
+    root, manifest = pretrained
+    monkeypatch.setattr(extend_context, "default_placement", lambda rows: Placement())
+    recipe = recipe_of(root, manifest)
+    reports = extend_context.run(recipe)
+    assert json.loads((root / "long/extension.json").read_text()) == json.loads(json.dumps(reports))
+    assert [row["seq_len"] for row in reports] == [128, 256]
+    for row, stage in zip(reports, STAGES, strict=True):
+        step, config = run_config(root / "long" / row["run"])
+        assert step == 5
+        assert config.rope_theta == stage.rope_theta
+        assert config.max_seq_len == stage.seq_len
+        assert row["tokens"] == 5 * 8 * stage.seq_len
+        # The reported numbers are those of the saved model.
+        config, params = load_run(root / "long" / row["run"])
+        assert config == dataclasses.replace(
+            train_runs.CONFIG, rope_theta=stage.rope_theta, max_seq_len=stage.seq_len
+        )
+        needles = needle_accuracy(
+            params, config, bpe.load_tokenizer(manifest.tokenizer_file), length=stage.seq_len,
+            depths=(0.0, 1.0), count=2, seed=0, batch_size=1,
+        )  # fmt: skip
+        assert row["needles"]["loss"] == pytest.approx(needles.loss, rel=1e-5)
+        assert row["needles"]["exact"] == needles.exact
+        # Three steps of training before: all losses are still near log(320) = 5.77.
+        assert abs(row["short_loss"] - row["short_loss_before"]) > 1e-4
+        assert 3 < row["short_loss"] < 6
+        assert row["heldout_loss"] < row["heldout_loss_before"]
+    # Training begins with the parameters of the stage before, not anew
+    # (5.83). RoPE's base and the length change its loss by little, so early in training.
+    assert reports[1]["heldout_loss_before"] == pytest.approx(reports[0]["heldout_loss"], abs=0.02)
+    assert reports[1]["heldout_loss_before"] < 5.7
+    assert reports[0]["short_loss_before"] == reports[1]["short_loss_before"]
+    extend_context._report(recipe, reports)
+    assert "RoPE" in capsys.readouterr().out
+    # A second run trains nothing and measures the same.
+    metrics = root / "long/stage-2-256/metrics.jsonl"
+    lines = metrics.read_text()
+    again = extend_context.run(recipe)
+    assert metrics.read_text() == lines
+    assert again[1]["needles"] == reports[1]["needles"]
+    assert again[1]["short_loss"] == reports[1]["short_loss"]
+
+
+def test_presets_have_the_lengths_and_bases_of_the_paper():
+    stages = PRESETS["456b"].stages
+    assert [(s.seq_len, s.rope_theta) for s in stages] == [
+        (131072, 5e6), (524288, 1e7), (1048576, 1e7)
+    ]  # fmt: skip
+    tokens = [s.seq_len * s.steps * s.batch_size * s.accumulation for s in stages]
+    for got, want in zip(tokens, (300e9, 32e9, 26e9), strict=True):
+        assert got == pytest.approx(want, rel=0.01)
+    for recipe in PRESETS.values():
+        last = [weights.at(10**9) for weights in extend_context.weights_of(recipe)]
+        for stage, shares in zip(recipe.stages, last, strict=True):
+            assert shares[f"long-qa-{stage.seq_len}"] == pytest.approx(0.1)
+    assert [s.seq_len for s in PRESETS["demo"].stages] == [1024, 4096, 16384]
+
+
+def test_bad_input_is_one_line(pretrained, tmp_path):
+    root, manifest = pretrained
+    with pytest.raises(ValueError, match="did you mean 'demo'"):
+        extend_context.main(["dmo"])
+    with pytest.raises(ValueError, match="no such folder"):
+        extend_context.run(dataclasses.replace(recipe_of(root, manifest), from_run=tmp_path / "x"))
+    other = train_runs.corpus(tmp_path / "other")
+    (other.folder / "manifest.json").write_text(
+        (other.folder / "manifest.json").read_text().replace(other.tokenizer_sha256, "0" * 64)
+    )
+    with pytest.raises(ValueError, match="has another tokenizer than"):
+        extend_context.run(
+            dataclasses.replace(recipe_of(root, manifest, "unused"), corpus=other.folder)
+        )
+    assert not (root / "unused").exists()
