@@ -30,7 +30,7 @@ def whole(corpus, tmp_path_factory):
     return folder, train_runs.run(corpus, folder, STEPS)
 
 
-def _process(corpus, folder, *arguments, devices=1):
+def _process(corpus, folder, *arguments, devices=8):
     flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, train_runs.__file__, str(corpus.folder), str(folder)]
     return subprocess.run(

@@ -129,4 +129,6 @@ if __name__ == "__main__":
     shards, run_dir, number, *kill = sys.argv[1:]
     if kill:
         _kill_at(int(kill[0]))
-    run(Manifest.load(shards), Path(run_dir), int(number), placement=None)
+    # A killed run is compared bit for bit with one of this process' kind, on one device.
+    placement = Placement() if kill else None
+    run(Manifest.load(shards), Path(run_dir), int(number), placement=placement)

@@ -10,19 +10,36 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import einsum
 
+# Element by element, in fp32: the backward pass computes these again from bf16 inputs rather than
+# keep what is inside. Layers are scanned, so no later pass can merge the two.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
 
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, "D"], *, epsilon: float
 ) -> Float[Array, "... D"]:
     """Scale * x / sqrt(mean(x^2) + epsilon), in fp32, returned in the dtype of `x`."""
-    wide = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
+
+    @recomputed
+    def normalise(x, scale):
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(variance + epsilon) * scale.astype(jnp.float32)
+        return normed.astype(x.dtype)
+
+    return normalise(x, scale)
 
 
+@recomputed
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """X * sigmoid(x), in fp32, returned in the dtype of `x`."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+@recomputed
+def swiglu(gate: Array, up: Array) -> Array:
+    """Silu(gate) * up, elementwise; silu in fp32, the product in the dtype of `up`."""
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
 def project(

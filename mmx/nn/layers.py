@@ -116,6 +116,6 @@ class GatedMLP(nnx.Module):
         self.down_proj = declare((hidden, dim), ("mlp", "embed"), fan_in=hidden, fan_out=dim)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate = functional.silu(functional.project("...d,df->...f", x, self.gate_proj[...]))
+        gate = functional.project("...d,df->...f", x, self.gate_proj[...])
         up = functional.project("...d,df->...f", x, self.up_proj[...])
-        return functional.project("...f,fd->...d", gate * up, self.down_proj[...])
+        return functional.project("...f,fd->...d", functional.swiglu(gate, up), self.down_proj[...])

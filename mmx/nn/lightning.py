@@ -72,5 +72,10 @@ class LightningAttention(nnx.Module):
         heads, head_dim = out.shape[2:]
         out = self.norm(out.reshape(*out.shape[:2], heads * head_dim)).reshape(out.shape)
         gate = functional.project("btd,dhk->bthk", x, self.gate_proj[...], out_dtype=jnp.float32)
-        out = (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(x.dtype)
+        out = _gated(out, gate)
         return functional.project("bthk,hkd->btd", out, self.out_proj[...]), state
+
+
+@functional.recomputed
+def _gated(out: Float[Array, "B T H V"], gate: Float[Array, "B T H V"]) -> Float[Array, "B T H V"]:
+    return (out.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(out.dtype)

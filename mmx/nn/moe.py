@@ -142,10 +142,17 @@ class MoE(nnx.Module):
             return grouped_matmul(rows, kernel, group_sizes, implementation=implementation)
 
         rows = tokens[order // per_token]
-        hidden = functional.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj)
+        hidden = functional.swiglu(product(rows, self.gate_proj), product(rows, self.up_proj))
         rows = product(hidden, self.down_proj)
         unsorted = rows[jnp.argsort(order)].reshape(*experts.shape, -1)
-        return jnp.sum(unsorted.astype(jnp.float32) * weights[..., None], axis=1)
+        return _weighted_sum(unsorted, weights)
+
+
+@functional.recomputed
+def _weighted_sum(
+    choices: Float[Array, "N k D"], weights: Float[Array, "N k"]
+) -> Float[Array, "N D"]:
+    return jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1)
 
 
 def within_capacity(

@@ -214,7 +214,9 @@ class _Run:
         else:
             self.log = None
         tokens = plan.batches.accumulation(self.step) * plan.batches.micro_batch_tokens
-        self.display = Display(total_steps=plan.steps, first_step=self.step, tokens_per_step=tokens)
+        self.display = Display(
+            total_steps=plan.steps, first_step=self.step + 1, tokens_per_step=tokens
+        )
         stack.callback(self.display.close)
         self.display.opening(opening_rows(plan, self.folder, self.step))
 

@@ -347,6 +347,8 @@ def _row_tiles(group_sizes: Int[Array, "G"], rows: int, tile: int) -> _RowTiles:
     return _RowTiles(tile_ends[-1:], group, first, begins[group], ends[group])
 
 
+# Programs of their own, so that a model with many layers holds and lowers each kernel once.
+@partial(jax.jit, static_argnames=("config", "transposed"))
 def rows_times_matrices(
     x: Float[Array, "M K"],
     w: Float[Array, "G K N"],
@@ -484,6 +486,7 @@ def rows_times_matrices(
 # ---------------------------------------------------------------- x_g^T y_g
 
 
+@partial(jax.jit, static_argnames=("config",))
 def rows_times_rows(
     x: Float[Array, "M K"],
     y: Float[Array, "M N"],

@@ -258,7 +258,7 @@ def _states(
     """
     batch, _, heads, dim = arrays[0].shape
     (ends,) = gpu_sweep.run(
-        [Sweep(sweep.keys, sweep.values, (), sweep.reverse)],
+        (Sweep(sweep.keys, sweep.values, (), sweep.reverse),),
         arrays,
         slopes,
         bookkeeping=None if bookkeeping is None else [bookkeeping],
@@ -340,7 +340,7 @@ def _attend_forward(static, q, k, v, slopes, initial_state, segment_ids):
     ids = _ids_if_needed(segment_ids, batch, length, cut.segments)
     _, bookkeeping = _track(ids, length, cut.segments, reverse=False)
     (out,) = gpu_sweep.run(
-        [_FORWARD],
+        (_FORWARD,),
         arrays,
         slopes,
         seeds=None if seeds is None else [seeds],
@@ -372,7 +372,7 @@ def _attend_backward(static, residuals, grads):
         seeds = jnp.zeros((batch * heads, segments, dim, dim), jnp.float32)
     has_state = static.has_initial_state
     grad_v, grad_k, grad_q, *ends = gpu_sweep.run(
-        [_GRAD_VK, _GRAD_Q],
+        (_GRAD_VK, _GRAD_Q),
         arrays,
         slopes,
         seeds=[grad_seeds, seeds],

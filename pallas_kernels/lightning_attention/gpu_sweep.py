@@ -44,6 +44,7 @@ STATE, OUTPUT, MEMORY = range(WARPGROUPS)
 REGISTERS = {STATE: 232, OUTPUT: 232, MEMORY: 40}
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bookkeeping:
     """Packed samples and padding of one sweep, in int32; None of it for plain rows.
@@ -73,8 +74,12 @@ def pack_chunk(plain, count, limit):
     return jnp.where(plain, 0, 1 << 16 | count << 8 | (limit + 1)).astype(jnp.int32)
 
 
+# A program of its own, so that a model with many layers holds and lowers each kernel once.
+@functools.partial(
+    jax.jit, static_argnames=("sweeps", "segments", "splits", "final", "overlap", "interpret")
+)
 def run(
-    sweeps: Sequence[Sweep],
+    sweeps: tuple[Sweep, ...],
     arrays: Sequence[Array],
     slopes: Array,
     *,
