@@ -1,7 +1,7 @@
-# Everything from a fresh clone with python3, pip and make: `make demo`, `make test`.
+# Everything from a fresh clone with python3, pip and make: `make demo`, `make logits`, `make test`.
 # The work is in tools/setup.sh, which makes .venv once and only again when its inputs change.
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo logits test lint clean
 .DEFAULT_GOAL := setup
 
 STAMP := .venv/.installed
@@ -19,7 +19,10 @@ $(TPU_COMPILER): $(STAMP)
 	touch $@
 
 demo: $(STAMP)
-	.venv/bin/python -m recipes.demo
+	.venv/bin/mmx train demo
+
+logits: $(STAMP)
+	.venv/bin/python -m recipes.logits
 
 test: $(STAMP) $(TPU_COMPILER)
 	.venv/bin/python -m pytest -n auto

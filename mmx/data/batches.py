@@ -46,7 +46,7 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
     `p * b : (p + 1) * b` of one global batch, which does not depend on the number of processes.
 
     Weights are shares of the tokens, followed to about one document. They are evaluated where rows
-    are drawn; rows are then shuffled within windows of at most 256, so a change of weights reaches
+    are drawn; rows are then shuffled within windows of at most 2048, so a change of weights reaches
     that far. A source that has been read `max_epochs` times leaves its share to the others in
     proportion, with a warning that says at which sample; when none is left the iterator ends, its
     last batch filled up with rows of padding.

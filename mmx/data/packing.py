@@ -20,8 +20,9 @@ from jaxtyping import UInt32
 
 from mmx.data.mixing import Weights, most_owed
 
-# Rows of a window: enough to pack well, few enough to plan in a second at any length.
-_WINDOW_TOKENS, _WINDOW_ROWS = 1 << 26, (64, 256)
+# Rows of a window: enough to pack well and to keep pieces of one long document apart, few enough to
+# plan in a second at any length.
+_WINDOW_TOKENS, _WINDOW_ROWS = 1 << 26, (64, 2048)
 
 
 class Piece(NamedTuple):

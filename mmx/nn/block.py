@@ -163,7 +163,9 @@ class Superblock(nnx.Module):
                 return layer(x, sequence, decay_slopes[i], layer_memory, execution)
 
             if execution.remat_layers:
-                run = jax.checkpoint(run, prevent_cse=False)
+                # With the barriers of prevent_cse: they also hold back a layer's second forward pass
+                # until its backward pass is due, which several layers in one scan body need.
+                run = jax.checkpoint(run)
             with jax.named_scope(f"layer_{i}"):
                 x, layer_memory, layer_stats = run(x, _read(memory, kind, place))
             memory = _write(memory, kind, place, layer_memory)

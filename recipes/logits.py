@@ -1,6 +1,6 @@
-"""The demo: a checkpoint in the released format, its logits against recorded ones, a continuation.
+"""A checkpoint in the released format: its logits against recorded ones, and a continuation.
 
-    python -m recipes.demo [CHECKPOINT]
+    python -m recipes.logits [CHECKPOINT]
 
 CHECKPOINT is a folder with a `golden.safetensors` beside the weights: tokens, and the logits and
 greedy continuation that an independent float64 implementation computed from the same weights.
