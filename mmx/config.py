@@ -260,10 +260,10 @@ def _small(
 
 def _demo() -> ModelConfig:
     small = _small(
-        vocab_size=4096, embed_dim=128, heads=8, head_dim=16, superblocks=1, experts=4,
+        vocab_size=2048, embed_dim=128, heads=8, head_dim=16, superblocks=1, experts=4,
         expert_dim=128,
     )  # fmt: skip
-    return dataclasses.replace(small, chunk_size=64)
+    return dataclasses.replace(small, chunk_size=32)
 
 
 def _1b() -> ModelConfig:

@@ -24,7 +24,6 @@ from mmx.data.corpus import build_default
 from mmx.data.mixing import Weights
 from mmx.data.shards import Manifest
 from mmx.training.loop import Plan, Result, train
-from mmx.training.optimizer import OptimizerOptions
 from mmx.training.schedule import (
     BatchSchedule,
     LearningRate,
@@ -65,8 +64,6 @@ class Pretrain:
     """Learning rate at the end of the exponential decay, the last fifth of the schedule."""
     warm_up_steps: int = 500
     """Of the learning rate."""
-    weight_decay: float = 0.1
-    """On matrices."""
     z_loss_coef: float = 0.0
     """Of the squared logsumexp of the logits."""
     capacity_factor: float | None = None
@@ -79,10 +76,10 @@ class Pretrain:
     """What the backward pass computes again."""
     seed: int = 0
     """Of parameters and data order."""
+    shuffle_rows: int = 256
+    """Rows that are shuffled together."""
     save_every: int = 500
     """Steps between checkpoints."""
-    keep: int = 3
-    """Checkpoints to keep."""
     heldout_every: int = 500
     """Steps between measurements of the held-out loss."""
     sample_every: int = 500
@@ -99,25 +96,26 @@ PRESETS = {
         run_dir=Path("runs/demo"),
         corpus=None,
         weights=(
-            ("stdlib-code", 0.6),
-            ("stdlib-docstrings", 0.25),
-            ("pydoc-topics", 0.1),
+            ("stdlib-code", 0.76),
+            ("stdlib-docstrings", 0.13),
+            ("pydoc-topics", 0.06),
             ("synthetic", 0.05),
         ),
         max_epochs=None,
         seq_len=256,
-        batch_size=16,
+        batch_size=8,
         accumulation=((0, 1),),
-        steps=240,
-        schedule_steps=240,
-        peak_lr=4e-3,
-        end_lr=4e-4,
-        warm_up_steps=20,
+        steps=320,
+        schedule_steps=320,
+        peak_lr=2.5e-3,
+        end_lr=2.5e-4,
+        warm_up_steps=15,
         compute_dtype="float32",
         remat="none",
+        shuffle_rows=16_384,
         save_every=80,
-        heldout_every=80,
-        sample_every=120,
+        heldout_every=160,
+        sample_every=160,
     ),
     "1b": Pretrain(
         model="1b",
@@ -161,7 +159,6 @@ def plan_of(recipe: Pretrain, num_sources: int) -> Plan:
         config=preset(recipe.model),
         options=StepOptions(
             learning_rate=learning_rate(recipe, batches),
-            optimizer=OptimizerOptions(weight_decay=recipe.weight_decay),
             z_loss_coef=recipe.z_loss_coef,
             capacity_factor=recipe.capacity_factor,
             compute_dtype=recipe.compute_dtype,
@@ -174,7 +171,6 @@ def plan_of(recipe: Pretrain, num_sources: int) -> Plan:
         seed=recipe.seed,
         initialisation=recipe.initialisation,
         save_every=recipe.save_every,
-        keep=recipe.keep,
         heldout_every=recipe.heldout_every,
         sample_every=recipe.sample_every,
         prompts=PROMPTS,
@@ -227,7 +223,7 @@ def run(recipe: Pretrain) -> Result:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    data = batches(weights=weights, max_epochs=recipe.max_epochs)
+    data = batches(weights=weights, max_epochs=recipe.max_epochs, shuffle_rows=recipe.shuffle_rows)
     heldout = batches(weights=None, max_epochs=1, split="heldout")
     plan = plan_of(recipe, len(manifest.sources))
     try:

@@ -41,8 +41,18 @@ CONFIG = ModelConfig(
     max_seq_len=64,
 )
 ROWS, LENGTH = 8, 32
-# One program for all the runs of a process, which differ in their folders only.
-loop.make_train_step = functools.lru_cache(loop.make_train_step)
+_make_train_step = loop.make_train_step
+_one_program = functools.lru_cache(_make_train_step)
+
+
+def _shared(config, options, *, state_shardings=None):
+    """One program for all the runs of a process on one device: they differ in their folders."""
+    if state_shardings is None:
+        return _one_program(config, options)
+    return _make_train_step(config, options, state_shardings=state_shardings)
+
+
+loop.make_train_step = _shared
 
 
 def corpus(folder: Path) -> Manifest:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from mmx.data.mixing import Weights
-from mmx.data.packing import Cursor, Piece, Planner, Terms, Window
+from mmx.data.packing import SHUFFLE_ROWS, Cursor, Piece, Planner, Terms, Window
 from mmx.data.shards import SPLITS, Manifest, Shard, ShardReader, read_lengths
 
 _STATE = 1
@@ -46,7 +46,7 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
     `p * b : (p + 1) * b` of one global batch, which does not depend on the number of processes.
 
     Weights are shares of the tokens, followed to about one document. They are evaluated where rows
-    are drawn; rows are then shuffled within windows of at most 2048, so a change of weights reaches
+    are drawn; rows are then shuffled in windows of `shuffle_rows`, so a change of weights reaches
     that far. A source that has been read `max_epochs` times leaves its share to the others in
     proportion, with a warning that says at which sample; when none is left the iterator ends, its
     last batch filled up with rows of padding.
@@ -68,6 +68,8 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
       process_count: slices; divides `batch_size`.
       split: "train" or "heldout".
       max_epochs: of all sources, or of those named; None is no end.
+      shuffle_rows: rows of a window; 64 to what 2^26 tokens hold. More keep the pieces of one long
+        document further apart.
 
     Raises:
       ValueError: an argument is out of range, a source unknown, the split empty, or a file missing
@@ -86,6 +88,7 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         process_count: int = 1,
         split: str = "train",
         max_epochs: int | Mapping[str, int] | None = None,
+        shuffle_rows: int = SHUFFLE_ROWS,
     ):
         super().__init__()
         self._thread = ThreadPoolExecutor(1, "batches")
@@ -116,7 +119,9 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         self._mine = slice(process_index * rows, (process_index + 1) * rows)
         self._documents = _Documents(manifest, split)
         self._planner = Planner(self.source_names, self._documents.lengths, seed=seed)
-        self._terms = Terms(seq_len, weights, epochs)
+        if shuffle_rows < 1:
+            raise ValueError(f"shuffle_rows is {shuffle_rows}; it must be at least 1")
+        self._terms = Terms(seq_len, weights, epochs, shuffle_rows)
         tokens = (0,) * len(self.source_names)
         self._window: tuple[Cursor, Terms, Window] | None = None
         self._handed = _Position(self._planner.start(), self._terms, 0, tokens)
@@ -167,6 +172,7 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
             "seq_len": terms.seq_len,
             "weights": terms.weights.to_json(),
             "max_epochs": list(terms.max_epochs),
+            "shuffle_rows": terms.shuffle_rows,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -333,5 +339,6 @@ def _position_from_json(state: Mapping[str, Any]) -> _Position:
     at = state["cursor"]
     cursor = Cursor(at["sample"], tuple(at["turns"]), tuple(at["offsets"]), tuple(at["owed"]))
     weights = Weights.from_json(state["weights"])
-    terms = Terms(state["seq_len"], weights, tuple(state["max_epochs"]))
+    epochs = tuple(state["max_epochs"])
+    terms = Terms(state["seq_len"], weights, epochs, state["shuffle_rows"])
     return _Position(cursor, terms, state["row"], tuple(state["tokens"]))

@@ -20,9 +20,9 @@ from jaxtyping import UInt32
 
 from mmx.data.mixing import Weights, most_owed
 
-# Rows of a window: enough to pack well and to keep pieces of one long document apart, few enough to
-# plan in a second at any length.
-_WINDOW_TOKENS, _WINDOW_ROWS = 1 << 26, (64, 2048)
+# Rows of a window, at least, unless asked otherwise, and in tokens at most: enough to pack well,
+# few enough to plan in a second at any length.
+_LEAST_ROWS, SHUFFLE_ROWS, _WINDOW_TOKENS = 64, 256, 1 << 26
 
 
 class Piece(NamedTuple):
@@ -54,11 +54,19 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a window is planned by, besides its start; `max_epochs` of each source, None: no end."""
+    """What a window is planned by, besides its start.
+
+    Attributes:
+      seq_len: tokens a row.
+      weights: of the sources.
+      max_epochs: of each source, None: no end.
+      shuffle_rows: rows of a window.
+    """
 
     seq_len: int
     weights: Weights
     max_epochs: tuple[int | None, ...]
+    shuffle_rows: int = SHUFFLE_ROWS
 
 
 class Window(NamedTuple):
@@ -117,8 +125,8 @@ class Planner:
     def _draw(self, cursor: Cursor, terms: Terms):
         """Pieces in the order of drawing, and where each source is afterwards."""
         turns, offsets, owed = list(cursor.turns), list(cursor.offsets), list(cursor.owed)
-        least, most = _WINDOW_ROWS
-        wanted = terms.seq_len * max(least, min(most, _WINDOW_TOKENS // terms.seq_len))
+        rows = max(_LEAST_ROWS, min(terms.shuffle_rows, _WINDOW_TOKENS // terms.seq_len))
+        wanted = terms.seq_len * rows
         pieces: list[Piece] = []
         total, row, among, shares = 0, -1, [], []
         while total < wanted:

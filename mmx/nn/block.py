@@ -163,8 +163,8 @@ class Superblock(nnx.Module):
                 return layer(x, sequence, decay_slopes[i], layer_memory, execution)
 
             if execution.remat_layers:
-                # With the barriers of prevent_cse: they also hold back a layer's second forward pass
-                # until its backward pass is due, which several layers in one scan body need.
+                # With the barriers of prevent_cse: they also hold a layer's second forward pass
+                # back until its backward pass is due, as several layers in one scan body need.
                 run = jax.checkpoint(run)
             with jax.named_scope(f"layer_{i}"):
                 x, layer_memory, layer_stats = run(x, _read(memory, kind, place))

@@ -18,6 +18,8 @@ from mmx.training.losses import loss_parts
 from mmx.training.placement import Placement
 from mmx.training.step import ComputeDtype, compute_params
 
+TEMPERATURE = 0.8  # of samples: greedy text of a young model is one word again and again
+
 
 class HeldOut:
     """The loss on a fixed set of held-out batches, a mean over their targets."""
@@ -84,29 +86,26 @@ def write_samples(
     compute_dtype: ComputeDtype,
     seed: int = 0,
 ) -> str:
-    """Continue each prompt greedily and at temperature 0.8; write the text and return it."""
+    """Continue each prompt at temperature 0.8; write the text and return it."""
     compute = compute_params(params, config, compute_dtype)
     encoded = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     length = max(map(len, encoded))
     padded = np.array([[0] * (length - len(ids)) + ids for ids in encoded], np.int32)
     mask = np.array([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded], np.int32)
+    out = generate(
+        compute,
+        padded,
+        config,
+        mask=mask,
+        max_new_tokens=tokens,
+        temperature=TEMPERATURE,
+        seed=seed,
+        stop_ids=(end_id,),
+    )
     parts = []
-    for temperature in (0.0, 0.8):
-        out = np.asarray(
-            generate(
-                compute,
-                padded,
-                config,
-                mask=mask,
-                max_new_tokens=tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_ids=(end_id,),
-            )
-        )
-        for prompt, row in zip(prompts, out, strict=True):
-            text = tokenizer.decode([int(i) for i in row if i >= 0 and i != end_id])
-            parts.append(f"--- temperature {temperature}: {prompt!r}\n{prompt}{text}\n")
+    for prompt, row in zip(prompts, np.asarray(out), strict=True):
+        text = tokenizer.decode([int(i) for i in row if i >= 0 and i != end_id])
+        parts.append(f"--- {prompt!r}\n{prompt}{text}\n")
     text = "\n".join(parts)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, text.encode())
