@@ -57,7 +57,8 @@ def project(
     if out_dtype in (None, x.dtype):
         # The dtype of the result alone: what is added up inside is fp32 on every backend.
         return jnp.einsum(subscripts, x, kernel, preferred_element_type=x.dtype)
-    return _widened(subscripts, x, kernel).astype(out_dtype)
+    wide: jax.Array = _widened(subscripts, x, kernel)
+    return wide.astype(out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
