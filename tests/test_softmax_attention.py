@@ -83,7 +83,7 @@ BAD = [
         dict(kv_segment_ids=jnp.ones((2, 5), int)),
         r"kv_segment_ids has shape \(2, 5\); it must be \(2, 7\)",
     ),
-    (dict(implementation="cudnn"), "unknown implementation 'cudnn'; choose None or one of .*'xla'"),
+    (dict(implementation="flash"), "unknown implementation 'flash'; choose None or one of .*'xla'"),
 ]
 
 

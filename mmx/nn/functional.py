@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import platform
 from pallas_kernels.dispatch import einsum
 
 # Element by element, in fp32: the backward pass computes these again from bf16 inputs rather than
@@ -55,10 +56,17 @@ def project(
     if x.dtype.itemsize >= 4:
         return einsum(subscripts, x, kernel).astype(out_dtype or x.dtype)
     if out_dtype in (None, x.dtype):
-        # The dtype of the result alone: what is added up inside is fp32 on every backend.
-        return jnp.einsum(subscripts, x, kernel, preferred_element_type=x.dtype)
+        return _rounded(subscripts, x, kernel)
     wide: jax.Array = _widened(subscripts, x, kernel)
     return wide.astype(out_dtype)
+
+
+def _rounded(subscripts: str, x: Array, kernel: Array) -> Array:
+    """The result of a bf16 product, added up in fp32 and rounded once."""
+    if platform.backend() == "cpu":
+        # XLA's CPU backend adds some products with a bf16 result up in bf16.
+        return einsum(subscripts, x, kernel).astype(x.dtype)
+    return jnp.einsum(subscripts, x, kernel, preferred_element_type=x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,8 +80,7 @@ def _widened_forward(subscripts, x, kernel):
 
 
 def _widened_backward(subscripts, operands, grad):
-    narrow = functools.partial(jnp.einsum, subscripts, preferred_element_type=operands[0].dtype)
-    _, pull = jax.vjp(narrow, *operands)
+    _, pull = jax.vjp(functools.partial(_rounded, subscripts), *operands)
     return pull(grad.astype(operands[0].dtype))
 
 
