@@ -151,12 +151,15 @@ def test_skipped_steps_in_a_row_end_the_run(corpus, tmp_path, monkeypatch):
     with pytest.raises(loop.TrainingStopped, match="5 steps in a row were skipped"):
         train_runs.run(corpus, tmp_path, 30, max_skipped=5, heldout_every=0)
     records = train_runs.losses(tmp_path)
+    # The step that was under way when the fifth was seen is recorded and saved like any other.
+    assert (tmp_path / "checkpoints" / f"{len(records):08d}").is_dir()
     assert [step for step, loss in records if loss is None] == list(range(4, len(records) + 1))
 
 
 def test_data_that_end_end_the_run(corpus, tmp_path):
     with pytest.raises(loop.TrainingStopped, match="the data ended at step"):
         train_runs.run(corpus, tmp_path, 1000, epochs=1, save_every=1000, heldout_every=0)
+    assert (tmp_path / "checkpoints" / f"{len(train_runs.losses(tmp_path)):08d}").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -98,13 +98,15 @@ def train(
         run = _open(plan, run_dir, data, heldout, manifest, params, placement, stack)
         stop = stack.enter_context(_signals())
         run.measure_before()
-        while run.step < plan.steps and not _agreed(stop["asked"]):
+        while run.step < plan.steps and run.trouble is None and not _agreed(stop["asked"]):
             run.take_step()
         run.flush()
         finished = run.step >= plan.steps
-        if not finished:
+        if not finished and run.trouble is None:
             run.display.note(f"stopped by a signal after step {run.step}; saving")
         run.save(final=True)
+        if run.trouble is not None:
+            raise TrainingStopped(run.trouble)
         after = run.measure_after() if finished else None
         return Result(run.step, run.state.params, run.heldout_before, after, finished)
 
@@ -184,6 +186,7 @@ class _Run:
         self.heldout: HeldOut | None = None
         self.heldout_before: float | None = None
         self.last_heldout: float | None = None
+        self.trouble: str | None = None  # why training cannot go on
         self.tokenizer = Tokenizer.from_file(str(manifest.tokenizer_file))
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
         self._clock = time.perf_counter()
@@ -242,6 +245,8 @@ class _Run:
         accumulation = plan.batches.accumulation(self.step)
         begin = time.perf_counter()
         batch = self._next_batch(accumulation)
+        if batch is None:
+            return
         waited = time.perf_counter() - begin
         self.state, metrics = self.program(self.state, batch, accumulation)
         # The record of the step before is fetched while this one runs.
@@ -286,8 +291,7 @@ class _Run:
                 f"step {step} skipped: loss {record['loss']}, gradient norm {record['grad_norm']}"
             )
         if (record["skipped_in_a_row"] or 0) >= self.plan.max_skipped:
-            self.save(final=True)
-            raise TrainingStopped(
+            self.trouble = (
                 f"{self.plan.max_skipped} steps in a row were skipped, up to step {step}; the "
                 "parameters are those before them. Lower the learning rate or look at the data"
             )
@@ -315,15 +319,16 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.plan.steps
 
-    def _next_batch(self, accumulation: int) -> dict[str, Any]:
-        """Micro-batches [A, b, T] of which the first `accumulation` hold text."""
+    def _next_batch(self, accumulation: int) -> dict[str, Any] | None:
+        """Micro-batches [A, b, T] of which the first `accumulation` hold text; None at the end."""
         try:
             parts = [next(self.data) for _ in range(accumulation)]
         except StopIteration:
-            raise TrainingStopped(
+            self.trouble = (
                 f"the data ended at step {self.step}: every source has been read max_epochs times; "
                 "add text, or raise max_epochs"
-            ) from None
+            )
+            return None
         batch = stack_micro_batches(parts, self.plan.batches.max_accumulation)
         return self.placement.put_batch(batch)
 
