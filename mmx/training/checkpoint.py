@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -289,9 +290,7 @@ class Checkpoints:
         cause = " ".join((told or type(error).__name__).split())[:120]
         try:
             whole = integrity.step_folders(self.folder).get(step)  # may lack its last rename alone
-            for partial in self.folder.glob(f"{_folder_of_save(self.folder, step).name}*"):
-                if partial != whole:
-                    shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(self.folder, step, keep=whole)
             steps = ", ".join(map(str, integrity.complete(self.folder)[0]))
             left = f"steps {steps} are intact" if steps else "no step was lost"
         except OSError as unreadable:
@@ -300,6 +299,19 @@ class Checkpoints:
         return SaveFailed(
             f"{self.folder}: step {step} could not be saved; {left}; {remedy} ({cause})"
         )
+
+
+def _remove_partial(folder: Path, step: int, *, keep: Path | None) -> None:
+    """Remove what a failed save has written, and what its other writers still write meanwhile."""
+    clean = 0
+    for _ in range(50):  # they end within moments; what would still be left the next save removes
+        found = [p for p in folder.glob(f"{_folder_of_save(folder, step).name}*") if p != keep]
+        for partial in found:
+            shutil.rmtree(partial, ignore_errors=True)
+        clean = 0 if found else clean + 1
+        if clean == 3:
+            return
+        time.sleep(0.1)
 
 
 def complete_steps(folder: Path) -> list[int]:
