@@ -10,6 +10,15 @@ def backend() -> str:
     return jax.default_backend()
 
 
+def target() -> str:
+    """The platform to compile for: that of the mesh in use if there is one, else `backend()`.
+
+    So compiling ahead of time for a TPU topology finds the TPU kernels on any machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return backend() if device is None else device.platform
+
+
 def is_tpu() -> bool:
     """Whether the default backend is a TPU."""
     return backend() == "tpu"

@@ -10,7 +10,6 @@ again on the same --run-dir and it goes on where it stopped.
 """
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from mmx.training.placement import default_placement
 from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
+from recipes import command
 
 
 @dataclass(frozen=True)
@@ -310,16 +310,9 @@ def _needles(
 
 def main(arguments: Sequence[str]) -> int:
     """`mmx extend PRESET [OPTIONS]`."""
-    name, *rest = arguments or ["--help"]
-    names = ", ".join(PRESETS)
-    if name in ("-h", "--help"):
-        print(f"usage: mmx extend PRESET [OPTIONS]\n\n{__doc__}\npresets: {names}")
+    recipe = command.parse("extend", __doc__ or "", PRESETS, arguments)
+    if recipe is None:
         return 0
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}The presets are {names}")
-    recipe = tyro.cli(ExtendContext, prog=f"mmx extend {name}", args=rest, default=PRESETS[name])
     _report(recipe, run(recipe))
     return 0
 

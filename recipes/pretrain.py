@@ -8,15 +8,12 @@ Run again on the same --run-dir and it goes on from the last checkpoint. The lea
 the preset's schedule, whatever --steps says.
 """
 
-import difflib
 import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import tyro
 
 from mmx.config import preset
 from mmx.data.batches import Batches
@@ -32,6 +29,7 @@ from mmx.training.schedule import (
     warm_up_stable_decay,
 )
 from mmx.training.step import StepOptions
+from recipes import command
 
 
 @dataclass(frozen=True)
@@ -235,16 +233,9 @@ def run(recipe: Pretrain) -> Result:
 
 def main(arguments: Sequence[str]) -> int:
     """`mmx train PRESET [OPTIONS]`."""
-    name, *rest = arguments or ["--help"]
-    names = ", ".join(PRESETS)
-    if name in ("-h", "--help"):
-        print(f"usage: mmx train PRESET [OPTIONS]\n\n{__doc__}\npresets: {names}")
+    recipe = command.parse("train", __doc__ or "", PRESETS, arguments)
+    if recipe is None:
         return 0
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown preset {name!r}; {hint}The presets are {names}")
-    recipe = tyro.cli(Pretrain, prog=f"mmx train {name}", args=rest, default=PRESETS[name])
     result = run(recipe)
     _report(recipe, result)
     return 0

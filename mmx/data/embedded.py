@@ -23,13 +23,13 @@ _LEFT_OUT = {"__pycache__", "_bundled", "dist-packages", "idle_test", "site-pack
              "tests"}  # fmt: skip
 _SYNTHETIC_UNITS, _SYNTHETIC_DOCUMENTS, _SYNTHETIC_BYTES = 8, 120, 160_000
 # fmt: off
-_WORDS = (
+WORDS = (
     "the", "a", "one", "old", "new", "small", "river", "house", "garden", "table", "letter",
     "winter", "road", "stone", "window", "bird", "morning", "paper", "field", "quiet", "green",
     "long", "kept", "found", "wrote", "carried", "watched", "opened", "near", "under", "behind",
     "across", "before", "after", "with", "without", "and", "but", "while", "until",
 )
-_PLACES = (
+PLACES = (
     "London", "Lima", "Oslo", "Quito", "Cairo", "Delhi", "Tokyo", "Paris", "Rome", "Accra",
     "Dakar", "Hanoi", "Perth", "Turin", "Bergen", "Porto",
 )
@@ -148,12 +148,12 @@ def _needles(draw: Callable[[], float], characters: int) -> str:
 
     lines, size, facts = [], 0, {}
     while size < characters:
-        if draw() < 0.06 and len(facts) < len(_PLACES):
-            place, number = one_of(_PLACES), 1000 + int(draw() * 9000)
+        if draw() < 0.06 and len(facts) < len(PLACES):
+            place, number = one_of(PLACES), 1000 + int(draw() * 9000)
             facts.setdefault(place, number)
             line = f"The number of {place} is {facts[place]}."
         else:
-            line = " ".join(one_of(_WORDS) for _ in range(6 + int(draw() * 8))).capitalize() + "."
+            line = " ".join(one_of(WORDS) for _ in range(6 + int(draw() * 8))).capitalize() + "."
         lines.append(line)
         size += len(line) + 1
     questions = [f"What is the number of {p}? It is {n}." for p, n in sorted(facts.items())]

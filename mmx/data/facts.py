@@ -33,7 +33,7 @@ def draw_facts(draw: Draw, count: int) -> list[tuple[str, int]]:
     Raises:
       ValueError: `count` is below 1 or above the number of places.
     """
-    places = list(embedded._PLACES)
+    places = list(embedded.PLACES)
     if not 1 <= count <= len(places):
         raise ValueError(f"{count} facts are wanted; there must be 1 to {len(places)}")
     chosen = [places.pop(int(draw() * len(places))) for _ in range(count)]
@@ -46,7 +46,7 @@ def filler(draw: Draw, tokenizer: Tokenizer, tokens: int) -> Ids:
     while size < tokens:
         lines, characters = [], 0
         while characters < 4 * (tokens - size):
-            words = embedded._WORDS
+            words = embedded.WORDS
             line = " ".join(words[int(draw() * len(words))] for _ in range(6 + int(draw() * 8)))
             lines.append(f"{line.capitalize()}.\n")
             characters += len(lines[-1])

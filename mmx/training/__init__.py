@@ -1,1 +1,1 @@
-"""Training: losses today; optimizer, step and loop have their room here."""
+"""Training: losses, optimizer, step, loop, checkpoints, and what a run writes down."""

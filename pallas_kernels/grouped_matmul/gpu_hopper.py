@@ -41,6 +41,8 @@ SHARED_MEMORY = 227 * 1024
 SWIZZLE = 128  # bytes; the widest, and what one slot's rows of 64 bf16 fill exactly
 CHUNK = 64  # rows, and columns, of a result staged in shared memory at a time
 STAGED = 2  # such chunks a warpgroup
+# One shape for all views of the staging memory, so that the warpgroups' parts lie apart in each.
+STAGING = (MULTIPLIERS, STAGED, CHUNK, CHUNK)
 ROW_ALIGNMENT = 8  # rows at which a swizzled TMA copy can begin
 SIZE_ALIGNMENT = 128  # of the sizes of a matrix: no tile may reach past its edge, see `_fitted`
 
@@ -475,9 +477,9 @@ def rows_times_matrices(
         x,
         w,
         scratch=(
-            plgpu.RefUnion(  # of one shape, so that the warpgroups' parts lie apart in both
-                _swizzled(MULTIPLIERS, STAGED, CHUNK, CHUNK),
-                plgpu.SMEM((MULTIPLIERS, STAGED, CHUNK, CHUNK), jnp.bfloat16),
+            plgpu.RefUnion(
+                _swizzled(*STAGING),
+                plgpu.SMEM(STAGING, jnp.bfloat16),
             ),
         ),
     )
@@ -586,7 +588,7 @@ def rows_times_rows(
         x,
         y,
         scratch=(
-            _swizzled(MULTIPLIERS, STAGED, CHUNK, CHUNK),
+            _swizzled(*STAGING),
             plgpu.Barrier(num_arrivals=MULTIPLIERS),
         ),
     )

@@ -51,8 +51,7 @@ def unsupported(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> str | Non
     TPU topology is served), else the default backend's.
     """
     del group_sizes
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    target = platform.backend() if device is None else device.platform
+    target = platform.target()
     if target != "tpu":
         return f"platform {target!r} (it needs a TPU)"
     if x.dtype not in (jnp.bfloat16, jnp.float32):

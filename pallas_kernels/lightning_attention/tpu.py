@@ -85,8 +85,7 @@ def unsupported(
     TPU topology is served), else the default backend's.
     """
     del k, decay_slopes, initial_state, segment_ids, chunk_size
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    target = platform.backend() if device is None else device.platform
+    target = platform.target()
     if target != "tpu":
         return f"platform {target!r} (it needs a TPU)"
     if v.dtype not in (jnp.bfloat16, jnp.float32):

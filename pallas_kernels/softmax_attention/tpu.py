@@ -109,8 +109,7 @@ def unsupported(
     TPU topology is served), else the default backend's.
     """
     del k, segment_ids, kv_segment_ids, q_offset, causal, scale
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    target = platform.backend() if device is None else device.platform
+    target = platform.target()
     if target != "tpu":
         return f"platform {target!r} (it needs a TPU)"
     if q.dtype not in (jnp.bfloat16, jnp.float32):

@@ -1,0 +1,27 @@
+"""How a recipe becomes a command: a preset by name, every field of it a flag."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import tyro
+
+
+def parse[Recipe](
+    command: str, about: str, presets: Mapping[str, Recipe], arguments: Sequence[str]
+) -> Recipe | None:
+    """The recipe that `mmx COMMAND PRESET [OPTIONS]` asks for; None when it asked for help.
+
+    Raises:
+      ValueError: an unknown preset; the message suggests the nearest.
+    """
+    name, *rest = arguments or ["--help"]
+    names = ", ".join(presets)
+    if name in ("-h", "--help"):
+        print(f"usage: mmx {command} PRESET [OPTIONS]\n\n{about}\npresets: {names}")
+        return None
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown preset {name!r}; {hint}The presets are {names}")
+    default = presets[name]
+    return tyro.cli(type(default), prog=f"mmx {command} {name}", args=rest, default=default)
