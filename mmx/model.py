@@ -22,7 +22,7 @@ from mmx import config as configuration
 from mmx.config import ModelConfig
 from mmx.inference.cache import Cache
 from mmx.nn import layers
-from mmx.nn.block import Execution, LayerStats, Memory, Superblock
+from mmx.nn.block import KEPT, Execution, LayerStats, Memory, Superblock
 from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
 from mmx.nn.sequence import describe
 from pallas_kernels.dispatch import concrete
@@ -246,7 +246,7 @@ def backbone(
         return (x, memory), (stats, hidden)
 
     if remat == "superblock":
-        superblock = jax.checkpoint(superblock, prevent_cse=False)
+        superblock = jax.checkpoint(superblock, prevent_cse=False, policy=KEPT)
     repeats = config.num_superblocks
     slopes = jnp.asarray(configuration.decay_slopes(config)).reshape(repeats, -1, config.num_heads)
     scanned = (params["blocks"], slopes, jnp.arange(repeats, dtype=jnp.int32))

@@ -14,6 +14,12 @@ from mmx.nn.layers import RMSNorm
 from mmx.nn.lightning import LightningAttention
 from mmx.nn.moe import MoE, RouterStats
 from mmx.nn.sequence import Sequence
+from pallas_kernels.softmax_attention.reference import RESIDUALS
+
+
+# Kept where layers are recomputed: at a million tokens softmax attention is most of the time, and
+# its output no more memory than a layer's input.
+KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +40,7 @@ class Execution:
 
     Attributes:
       keep_hidden: also return each layer's output and router logits.
-      remat_layers: recompute each layer in the backward pass.
+      remat_layers: recompute each layer in the backward pass, all but `KEPT`.
       implementation: of the kernels; None lets the platform choose.
       capacity_factor: drop what experts have no room for (`moe.within_capacity`); None drops
         nothing.
@@ -159,20 +165,40 @@ class Superblock(nnx.Module):
             place = index * self.kinds.count(kind) + seen[kind]
             seen[kind] += 1
 
-            def run(x, layer_memory, layer=layer, i=i):
+            definition, params = nnx.split(layer)
+
+            def run(x, params, layer_memory, definition=definition, i=i):
+                layer = nnx.merge(definition, params)
                 return layer(x, sequence, decay_slopes[i], layer_memory, execution)
 
             if execution.remat_layers:
                 # With the barriers of prevent_cse: they also hold a layer's second forward pass
                 # back until its backward pass is due, as several layers in one scan body need.
-                run = jax.checkpoint(run)
+                run = jax.checkpoint(run, policy=KEPT)
+                x, params = _gradients_at_once(x, params)
             with jax.named_scope(f"layer_{i}"):
-                x, layer_memory, layer_stats = run(x, _read(memory, kind, place))
+                x, layer_memory, layer_stats = run(x, params, _read(memory, kind, place))
             memory = _write(memory, kind, place, layer_memory)
             stats.append(layer_stats)
             hidden.append(x)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
         return x, memory, stacked, jnp.stack(hidden) if execution.keep_hidden else None
+
+
+@jax.custom_vjp
+def _gradients_at_once(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+    """The arguments; their gradients are all computed before either is used.
+
+    No other layer waits for a gradient of the weights, so a compiler may put all of them off to the
+    end and keep what they are made of, three arrays of every layer as wide as its experts.
+    """
+    return x, params
+
+
+_gradients_at_once.defvjp(
+    lambda x, params: ((x, params), None),
+    lambda _, gradients: jax.lax.optimization_barrier(gradients),
+)
 
 
 def _read(memory: Memory | None, kind: LayerKind, place: Int[Array, ""]) -> Any:

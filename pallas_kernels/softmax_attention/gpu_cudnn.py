@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import platform
 from pallas_kernels.dispatch import concrete
 from pallas_kernels.softmax_attention import xla
+from pallas_kernels.softmax_attention.reference import residuals
 
 MAX_HEAD_DIM = 128  # more on some chips and versions; nobody here needs it
 MIN_CAPABILITY = (8, 0)
@@ -179,12 +180,12 @@ def _parameters(mask: _Mask):
 
 def _attend_forward(mask, q, k, v, q_length, kv_length):
     arrays = [x if x is None else x.value for x in (q, k, v, q_length, kv_length)]
-    out, lse = _attend(mask, *arrays)
+    out, lse = residuals(*_attend(mask, *arrays))
     return (out, lse), (*arrays, out, lse)
 
 
-def _attend_backward(mask, residuals, grads):
-    q, k, v, q_length, kv_length, out, lse = residuals
+def _attend_backward(mask, saved, grads):
+    q, k, v, q_length, kv_length, out, lse = saved
     grad_out, grad_lse = (None if isinstance(g, SymbolicZero) else g for g in grads)
     grad_out = jnp.zeros_like(out) if grad_out is None else grad_out
     if grad_lse is None:
@@ -395,12 +396,12 @@ def _packed_operands(q, k, v, group: _Group):
 
 def _attend_packed_forward(mask, q, k, v, ids):
     arrays = [x.value for x in (q, k, v, ids)]
-    out, lse = _attend_packed(mask, *arrays)
+    out, lse = residuals(*_attend_packed(mask, *arrays))
     return (out, lse), (*arrays, out, lse)
 
 
-def _attend_packed_backward(mask, residuals, grads):
-    q, k, v, ids, out, lse = residuals
+def _attend_packed_backward(mask, saved, grads):
+    q, k, v, ids, out, lse = saved
     grad_out, grad_lse = (None if isinstance(g, SymbolicZero) else g for g in grads)
     grad_out = jnp.zeros_like(out) if grad_out is None else grad_out
     samples = _samples(ids)

@@ -2,9 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import einsum
+
+# The name under which a policy of `jax.checkpoint` finds the output and the log-sum-exp. With these
+# two kept, the backward pass need not repeat the forward pass: all else it wants is q, k and v.
+RESIDUALS = "softmax_attention"
+
+
+def residuals(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of a forward pass that is to be differentiated, under `RESIDUALS`."""
+    return checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
 
 
 def visible(

@@ -29,6 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import platform
+from pallas_kernels.softmax_attention.reference import residuals
 
 LANES = 128
 BLOCK = 512
@@ -324,12 +325,12 @@ _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
 
 
 def _attend_forward(plan, q, k, v, segment_ids, kv_segment_ids, q_offset):
-    out, lse = _attend(plan, q, k, v, segment_ids, kv_segment_ids, q_offset)
+    out, lse = residuals(*_attend(plan, q, k, v, segment_ids, kv_segment_ids, q_offset))
     return (out, lse), (q, k, v, segment_ids, kv_segment_ids, q_offset, out, lse)
 
 
-def _attend_backward(plan, residuals, gradients):
-    grad_q, grad_k, grad_v = _backward(plan, *residuals, *gradients)
+def _attend_backward(plan, saved, gradients):
+    grad_q, grad_k, grad_v = _backward(plan, *saved, *gradients)
     return grad_q, grad_k, grad_v, None, None, None
 
 
