@@ -16,7 +16,6 @@ from mmx.nn.moe import MoE, RouterStats
 from mmx.nn.sequence import Sequence
 from pallas_kernels.softmax_attention.reference import RESIDUALS
 
-
 # Kept where layers are recomputed: at a million tokens softmax attention is most of the time, and
 # its output no more memory than a layer's input.
 KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)

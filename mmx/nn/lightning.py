@@ -48,7 +48,9 @@ class LightningAttention(nnx.Module):
         implementation: str | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
         """Return the layer's output and its state after the last token, in fp32."""
-        qkv = functional.silu(functional.project("btd,dhck->btchk", x, self.qkv_proj[...]))
+        # The weights are reordered, not the activations, which are larger.
+        kernel = jnp.swapaxes(self.qkv_proj[...], 1, 2)
+        qkv = functional.silu(functional.project("btd,dchk->btchk", x, kernel))
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if state is not None:
             assert sequence.continues is not None

@@ -3,6 +3,7 @@
 No token is dropped unless training asks for a capacity: see `within_capacity`.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +15,7 @@ from mmx.config import ModelConfig
 from mmx.nn import functional
 from mmx.nn.layers import GatedMLP, declare
 from pallas_kernels import grouped_matmul
+from pallas_kernels.dispatch import accumulation_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -135,17 +137,63 @@ class MoE(nnx.Module):
         # A choice that is not kept goes past the last group, where the grouped matmul gives 0.
         flat = (experts if kept is None else jnp.where(kept, experts, num_experts)).reshape(-1)
         order = jnp.argsort(flat, stable=True)
+        place = jnp.argsort(order)
         group_sizes = jnp.bincount(flat, length=num_experts + 1)[:num_experts]
 
         def product(rows, kernel):
             kernel = kernel[...].astype(rows.dtype)
             return grouped_matmul(rows, kernel, group_sizes, implementation=implementation)
 
-        rows = tokens[order // per_token]
+        rows = _dispatch(per_token, tokens, order, place)
         hidden = functional.swiglu(product(rows, self.gate_proj), product(rows, self.up_proj))
         rows = product(hidden, self.down_proj)
-        unsorted = rows[jnp.argsort(order)].reshape(*experts.shape, -1)
+        unsorted = _combine(rows, order, place).reshape(*experts.shape, -1)
         return _weighted_sum(unsorted, weights)
+
+
+# Two gathers by a permutation that is known in both directions: `order[i]` is the choice in sorted
+# row i, `place` its inverse. So their gradients are gathers as well, where autodiff would scatter
+# and add up in bf16.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(
+    per_token: int, tokens: Float[Array, "N D"], order: Int[Array, "M"], place: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """The token of each choice, sorted: row i is token `order[i] // per_token`."""
+    return tokens[order // per_token]
+
+
+def _dispatch_forward(per_token, tokens, order, place):
+    return _dispatch(per_token, tokens, order, place), place
+
+
+def _dispatch_backward(per_token, place, grad):
+    choices = grad[place].reshape(-1, per_token, grad.shape[1])
+    total = jnp.sum(choices, axis=1, dtype=accumulation_dtype(grad.dtype))
+    return total.astype(grad.dtype), None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(
+    rows: Float[Array, "M D"], order: Int[Array, "M"], place: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """Sorted rows back in the order of the choices: row i is the one at `place[i]`."""
+    return rows[place]
+
+
+def _combine_forward(rows, order, place):
+    return _combine(rows, order, place), order
+
+
+def _combine_backward(order, grad):
+    return grad[order], None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
 
 
 @functional.recomputed
