@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mmx.integrity import DamagedCheckpoint
 from mmx.training.checkpoint import (
     Checkpoints,
     SaveFailed,
@@ -21,7 +22,6 @@ from mmx.training.checkpoint import (
     read_config,
     restore_params,
 )
-from mmx.training.integrity import DamagedCheckpoint
 
 CONFIG = {"model": {"embed_dim": 16, "layer_kinds": ("lightning", "softmax")}, "seed": 3}
 DATA = {"position": 12345678901234567890, "sources": [{"epoch": 2}]}

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmx import cli
-from mmx.training import integrity
+from mmx import cli, integrity
+from mmx.integrity import DamagedCheckpoint
+from mmx.training import folders
 from mmx.training.checkpoint import Checkpoints, restore_params
-from mmx.training.integrity import DamagedCheckpoint
 
 FLIPS = 1000
 CUTS = 200
@@ -133,11 +133,11 @@ def test_every_cut_and_every_missing_file_is_found(step):
             integrity.verify(step)
         assert str(caught.value).startswith(f"{path}: ")
         # What is cut is not the latest step either; the one before it is.
-        whole, faults = integrity.complete(step.parent)
+        whole, faults = folders.complete(step.parent)
         assert whole == [10]
         assert str(path) in faults[20]
         path.write_bytes(content)
-    assert integrity.complete(step.parent) == ([10, 20], {})
+    assert folders.complete(step.parent) == ([10, 20], {})
 
 
 def test_latest_falls_back_with_a_note(step):

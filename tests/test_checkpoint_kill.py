@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx.training import integrity
+from mmx import integrity
+from mmx.training import folders
 from mmx.training.checkpoint import Checkpoints, SaveFailed, restore_params
 
 SIZE = 1 << 18
@@ -52,7 +53,7 @@ def save(checkpoints, step, value, **options):
 def the_only_value(folder):
     """Restore the latest step here; every complete step must verify."""
     with Checkpoints(folder) as checkpoints:
-        for step, found in integrity.step_folders(folder).items():
+        for step, found in folders.step_folders(folder).items():
             integrity.verify(found)
             assert step in checkpoints.steps()
         latest = checkpoints.latest()
@@ -214,7 +215,7 @@ def test_no_room_for_the_arrays(processes, tmp_path, limit, capfd):
     assert "step 3 could not be saved; steps 1, 2 are intact; make room" in message
     assert "\n" not in message
     assert names == ["00000001", "00000002"]
-    assert integrity.complete(tmp_path) == ([1, 2, 4], {})
+    assert folders.complete(tmp_path) == ([1, 2, 4], {})
     assert the_only_value(tmp_path) == (4, 4)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -240,7 +241,7 @@ def test_no_room_for_the_manifest(tmp_path, monkeypatch, call):
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
     save(checkpoints, 4, 4)
     checkpoints.close()
-    assert integrity.complete(tmp_path) == ([1, 4], {})
+    assert folders.complete(tmp_path) == ([1, 4], {})
     here = {"w": jax.ShapeDtypeStruct((SIZE,), jnp.float32)}
     assert float(restore_params(tmp_path, 4, here)["w"].max()) == 4
 
@@ -252,7 +253,7 @@ def test_a_replacement_that_cannot_get_its_name(tmp_path, monkeypatch):
     real = Path.rename
 
     def refusing(path, target):
-        if path.name.endswith(integrity.SAVING):
+        if path.name.endswith(folders.SAVING):
             raise OSError(errno.EIO, "Input/output error")
         return real(path, target)
 

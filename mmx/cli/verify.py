@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from mmx.training import integrity
+from mmx import integrity
+from mmx.training import folders
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _steps(run: Path) -> dict[str, Path]:
     if (run / integrity.MANIFEST).exists():
         return {run.name: run}
     nested = run / "checkpoints"
-    steps = integrity.step_folders(nested if nested.is_dir() else run)
+    steps = folders.step_folders(nested if nested.is_dir() else run)
     if not steps:
         raise ValueError(f"{run}: holds no checkpoint; give the folder of a run that has saved one")
     return {str(step): folder for step, folder in steps.items()}

@@ -6,7 +6,7 @@
         data.json       where the data iterator stands
         config.json     configuration and schedule
         arrays.json     name, shape and dtype of every array
-        MANIFEST.json   sizes and SHA-256 of the files above (`mmx.training.integrity`)
+        MANIFEST.json   sizes and SHA-256 of the files above (`mmx.integrity`)
 
 `save` copies the arrays to the host and returns; Orbax writes them to '00000100.saving', the
 manifest is written last, and one rename gives the folder its name. A kill at any moment costs the
@@ -30,7 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mmx.training import integrity
+from mmx import integrity
+from mmx.training import folders
 from mmx.training.checkpoint_arrays import (
     PARAMS,
     Arrays,
@@ -246,7 +247,7 @@ class Checkpoints:
         """Copy the arrays to the host and start to write them."""
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            integrity.sweep(self.folder)
+            folders.sweep(self.folder)
             # A folder that cannot be written fails here, before Orbax has threads under way.
             _folder_of_save(self.folder, step).mkdir()
             _folder_of_save(self.folder, step).rmdir()
@@ -268,7 +269,7 @@ class Checkpoints:
             for name, content in documents.items():
                 (folder / name).write_bytes(content)
             integrity.write_manifest(folder, step=step)
-            integrity.publish(self.folder, step=step)
+            folders.publish(self.folder, step=step)
         except Exception as error:
             self._failure = self._failed(step, error)
             return
@@ -276,10 +277,10 @@ class Checkpoints:
 
     def _remove_old(self, saved: int) -> None:
         try:
-            oldest = min(integrity.complete(self.folder)[0][-self.keep :], default=saved)
-            for step, folder in integrity.step_folders(self.folder).items():
+            oldest = min(folders.complete(self.folder)[0][-self.keep :], default=saved)
+            for step, folder in folders.step_folders(self.folder).items():
                 if step < oldest and step != saved:
-                    integrity.remove(folder)
+                    folders.remove(folder)
         except OSError as error:
             warnings.warn(f"{self.folder}: old steps stay ({error.strerror})", stacklevel=2)
 
@@ -289,9 +290,9 @@ class Checkpoints:
         told = error.strerror if isinstance(error, OSError) else str(error)
         cause = " ".join((told or type(error).__name__).split())[:120]
         try:
-            whole = integrity.step_folders(self.folder).get(step)  # may lack its last rename alone
+            whole = folders.step_folders(self.folder).get(step)  # may lack its last rename alone
             _remove_partial(self.folder, step, keep=whole)
-            steps = ", ".join(map(str, integrity.complete(self.folder)[0]))
+            steps = ", ".join(map(str, folders.complete(self.folder)[0]))
             left = f"steps {steps} are intact" if steps else "no step was lost"
         except OSError as unreadable:
             left = f"the folder cannot be read ({unreadable.strerror})"
@@ -316,7 +317,7 @@ def _remove_partial(folder: Path, step: int, *, keep: Path | None) -> None:
 
 def complete_steps(folder: Path) -> list[int]:
     """As `Checkpoints.steps`, of a folder."""
-    whole, faults = integrity.complete(folder)
+    whole, faults = folders.complete(folder)
     for step, problem in faults.items():
         warnings.warn(f"step {step} is not complete and ignored: {problem}", stacklevel=2)
     return whole
@@ -372,7 +373,7 @@ def _verify(folder: Path, *, under: str = "") -> None:
 
 
 def _existing(folder: Path, step: int) -> Path:
-    found = integrity.step_folders(Path(folder).absolute())
+    found = folders.step_folders(Path(folder).absolute())
     if step not in found:
         there = f"steps {', '.join(map(str, found))}" if found else "no step"
         raise ValueError(f"{folder}: holds no step {step}; it holds {there}")
@@ -380,8 +381,7 @@ def _existing(folder: Path, step: int) -> Path:
 
 
 def _folder_of_save(folder: Path, step: int) -> Path:
-    final = integrity.step_folder(folder, step)
-    return final.with_name(final.name + integrity.SAVING)
+    return folder / (folders.step_folder(folder, step).name + folders.SAVING)
 
 
 def _json(value: Mapping[str, Any], name: str) -> bytes:

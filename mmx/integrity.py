@@ -1,9 +1,10 @@
 """Is a checkpoint whole? A manifest of SHA-256 digests, and its check. Imports no jax.
 
-Formats for arrays keep no digest of values: a flipped bit is restored without a word. So every step
-folder ends with a manifest: the size and SHA-256 of each of its files (of array chunks as they are
-stored, and of metadata), and a digest of the manifest itself. It is written last, by an atomic
-rename, after everything it names was forced to disk; a step is saved once it is there.
+Formats for arrays keep no digest of values: a flipped bit is restored without a word. So every
+checkpoint folder ends with a manifest: the size and SHA-256 of each of its files (of array chunks
+as they are stored, and of metadata), of a converted one also those of each tensor and where it
+lies, and a digest of the manifest itself. It is written last, by an atomic rename, after everything
+it names was forced to disk; a checkpoint is whole once it is there.
 
 Hashing streams files through a pool of threads. One thread did 1.3 GB/s and two 2.6 GB/s on a CPU
 with SHA extensions, faster than the disk.
@@ -13,20 +14,17 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
 SAVING = ".saving"
-REMOVING = ".removing"
 _FORMAT = 1
 _STEP = re.compile(r"[0-9]{8,18}")
-_LEFTOVER = re.compile(rf"[0-9]{{8,18}}(?:\{SAVING}|\{REMOVING}).*")
 _THREADS = 8  # more readers than this gain nothing on one disk
 
 
@@ -43,120 +41,122 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class FileEntry:
+    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+
     size: int
     sha256: str
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return folder / f"{step:08d}"
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a converted checkpoint.
 
-
-def step_folders(folder: Path) -> dict[int, Path]:
-    """The steps that were saved, lowest first, whole or damaged; nothing is read.
-
-    A save that was killed after its manifest and before its last rename counts: its folder still
-    ends in '.saving'.
+    Attributes:
+      dtype: as its format names it.
+      shape: its shape.
+      sha256: of its bytes where it is one chunk, else of the digests of its chunks in their order.
+      chunks: where its bytes lie: (file, first byte, byte after the last).
     """
-    found: dict[int, Path] = {}
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    for name in names:
-        if _is_step(name) and (folder / name).is_dir():
-            found[int(name)] = folder / name
-    for name in names:
-        stem = name.removesuffix(SAVING)
-        if stem != name and _is_step(stem) and (folder / name / MANIFEST).is_file():
-            found.setdefault(int(stem), folder / name)
-    return dict(sorted(found.items()))
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+    chunks: tuple[tuple[str, int, int], ...]
 
 
-def sweep(folder: Path) -> None:
-    """Finish or remove what a killed process left in `folder`; for its only writer.
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says: files by name, the step of a run, tensors, and what made it."""
 
-    Raises:
-      OSError: the folder cannot be changed.
-    """
-    for step, found in step_folders(folder).items():
-        if found.name.endswith(SAVING):
-            found.rename(step_folder(folder, step))
-    for name in os.listdir(folder):
-        if _LEFTOVER.fullmatch(name):
-            shutil.rmtree(folder / name)
+    files: Mapping[str, FileEntry]
+    step: int | None = None
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def publish(folder: Path, *, step: int) -> None:
-    """Give the complete folder of a save its name, replacing an earlier save of the same step.
-
-    Raises:
-      OSError: the folder cannot be changed.
-    """
-    final = step_folder(folder, step)
-    remove(final)
-    final.with_name(final.name + SAVING).rename(final)
-    _sync(folder)
+def is_step(name: str) -> bool:
+    """Whether the folder of a step may have this name: its number in eight digits or more."""
+    return _STEP.fullmatch(name) is not None and name == f"{int(name):08d}"
 
 
-def remove(folder: Path) -> None:
-    """Remove a step; renamed first, so that a kill never leaves a part of it under its name.
-
-    Raises:
-      OSError: the folder cannot be changed.
-    """
-    if folder.exists():
-        doomed = folder.with_name(folder.name + REMOVING)
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def write_manifest(folder: Path, *, step: int) -> None:
+def write_manifest(
+    folder: Path,
+    *,
+    step: int | None = None,
+    known: Mapping[str, FileEntry] | None = None,
+    tensors: Mapping[str, TensorEntry] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """Force every file of `folder` to disk, then write the manifest of them.
 
+    Args:
+      folder: of the checkpoint.
+      step: of the run that saved it.
+      known: files that are on disk already, with digests taken as they were written; only their
+        sizes are looked at.
+      tensors: of a converted checkpoint.
+      about: JSON values for whoever reads the manifest.
+
     Raises:
-      DamagedCheckpoint: a link or another special file is among them.
+      DamagedCheckpoint: a link or another special file is among them, or a known one is missing or
+        of another size.
       OSError: a file cannot be read or the manifest not written.
     """
+    known = known or {}
 
     def entry(found: tuple[str, Path]) -> tuple[str, dict[str, Any]]:
         name, path = found
+        if name in known:
+            _compare_size(path, path.lstat().st_size, known[name])
+            return name, vars(known[name])
         with path.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return name, {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
     files = {name: path for name, path in _walk(folder).items() if name != MANIFEST}
+    for name in known:
+        if name not in files:
+            raise DamagedCheckpoint(f"{_shown(folder / name)}: missing; {_REMEDY}")
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = dict(pool.map(entry, files.items()))
     for parent, _, _ in os.walk(folder):
-        _sync(Path(parent))
-    content = _encode({"format": _FORMAT, "step": step, "files": entries})
+        sync(Path(parent))
+    manifest: dict[str, Any] = {"format": _FORMAT, "files": entries}
+    if step is not None:
+        manifest["step"] = step
+    if tensors is not None:
+        manifest["tensors"] = {name: vars(tensor) for name, tensor in tensors.items()}
+    if about is not None:
+        manifest["about"] = about
     temporary = folder / (MANIFEST + ".tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.write(_encode(manifest))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / MANIFEST)
-    _sync(folder)
+    sync(folder)
 
 
 def verify(folder: Path, *, under: str = "", share: tuple[int, int] = (0, 1)) -> Verified:
-    """Read every byte of a step folder and compare with its manifest.
+    """Read every byte of a checkpoint folder and compare with its manifest.
 
     Args:
-      folder: a step folder.
+      folder: of a step or of a converted checkpoint.
       under: only the files whose names in the folder begin with this, as 'params/'.
       share: (index, number) of a reader among several, who read every number-th file each.
 
     Raises:
       DamagedCheckpoint: naming the first file that is missing, changed, unexpected, unreadable or a
-        link, or the manifest itself.
+        link, with the tensors in it that differ, or the manifest itself.
     """
-    entries = _present(folder)
+    manifest = check_files(folder)
+    entries = manifest.files
     names = [name for name in sorted(entries) if name.startswith(under)]
     chosen = {name: entries[name] for name in names[share[0] :: share[1]]}
 
-    def check(item: tuple[str, _Entry]) -> int:
+    def check(item: tuple[str, FileEntry]) -> int:
         name, entry = item
         path = folder / name
         try:
@@ -164,7 +164,8 @@ def verify(folder: Path, *, under: str = "", share: tuple[int, int] = (0, 1)) ->
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DamagedCheckpoint(f"{_shown(path)}: cannot be read ({error.strerror})") from None
-        _compare(path, digest, entry)
+        if digest != entry.sha256:
+            _compare(path, digest, entry, _damaged_tensors(folder, name, manifest))
         return entry.size
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -177,7 +178,7 @@ def read_verified(folder: Path, name: str) -> bytes:
     Raises:
       DamagedCheckpoint: the file or the manifest is missing or changed.
     """
-    entries = _read_manifest(folder)
+    entries = read_manifest(folder).files
     path = folder / name
     if name not in entries:
         raise DamagedCheckpoint(f"{_shown(path)}: not in the manifest; {_REMEDY}")
@@ -191,37 +192,19 @@ def read_verified(folder: Path, name: str) -> bytes:
     return content
 
 
-def complete(folder: Path) -> tuple[list[int], dict[int, str]]:
-    """The steps that are complete, lowest first, and what is wrong with the others.
-
-    Complete means a valid manifest and every file it names there with its size, none else. Only the
-    manifests are read.
-    """
-    whole: list[int] = []
-    faults: dict[int, str] = {}
-    for step, found in step_folders(folder).items():
-        try:
-            _present(found)
-        except DamagedCheckpoint as error:
-            faults[step] = str(error)
-        else:
-            whole.append(step)
-    return whole, faults
-
-
 _REMEDY = "restore another step, or remove this one"
 
 
-def _is_step(name: str) -> bool:
-    return _STEP.fullmatch(name) is not None and name == f"{int(name):08d}"
+def check_files(folder: Path) -> Manifest:
+    """The manifest, after comparing names and sizes with the files that are there.
 
-
-def _present(folder: Path) -> Mapping[str, _Entry]:
-    """The manifest, after comparing names and sizes with the files that are there."""
-    entries = _read_manifest(folder)
+    Raises:
+      DamagedCheckpoint: naming the first file that is missing, of another size, or unexpected.
+    """
+    manifest = read_manifest(folder)
     found = _walk(folder)
     found.pop(MANIFEST, None)
-    for name, entry in entries.items():
+    for name, entry in manifest.files.items():
         path = folder / name
         if name not in found:
             raise DamagedCheckpoint(f"{_shown(path)}: missing; {_REMEDY}")
@@ -229,18 +212,21 @@ def _present(folder: Path) -> Mapping[str, _Entry]:
             size = path.lstat().st_size
         except OSError as error:
             raise DamagedCheckpoint(f"{_shown(path)}: cannot be read ({error.strerror})") from None
-        if size != entry.size:
-            sizes = f"{size:,} bytes where {entry.size:,} were saved"
-            raise DamagedCheckpoint(f"{_shown(path)}: {sizes}; {_REMEDY}")
+        _compare_size(path, size, entry)
     for name in found:
-        if name not in entries:
+        if name not in manifest.files:
             raise DamagedCheckpoint(
                 f"{_shown(folder / name)}: not part of the checkpoint; remove the file"
             )
-    return entries
+    return manifest
 
 
-def _read_manifest(folder: Path) -> Mapping[str, _Entry]:
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder; no other file is looked at.
+
+    Raises:
+      DamagedCheckpoint: it is missing, changed, a link, or of another version.
+    """
     path = folder / MANIFEST
     try:
         if not stat.S_ISREG(path.lstat().st_mode) or folder.is_symlink():
@@ -251,14 +237,11 @@ def _read_manifest(folder: Path) -> Mapping[str, _Entry]:
     except OSError as error:
         raise DamagedCheckpoint(f"{_shown(path)}: cannot be read ({error.strerror})") from None
     try:
-        manifest = json.loads(content)["manifest"]
+        fields = json.loads(content)["manifest"]
         # Comparing bytes leaves no flip unseen, not even one of white space.
-        if _encode(manifest) != content:
+        if _encode(fields) != content:
             raise DamagedCheckpoint(f"{_shown(path)}: changed after it was written; {_REMEDY}")
-        version, step = manifest["format"], int(manifest["step"])
-        entries = {
-            n: _Entry(int(e["size"]), str(e["sha256"])) for n, e in manifest["files"].items()
-        }
+        version, manifest = fields["format"], _manifest(fields)
     except DamagedCheckpoint:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -266,9 +249,53 @@ def _read_manifest(folder: Path) -> Mapping[str, _Entry]:
     if version != _FORMAT:
         raise DamagedCheckpoint(f"{_shown(path)}: format {version!r}; this version reads {_FORMAT}")
     name = folder.name.removesuffix(SAVING)
-    if _is_step(name) and int(name) != step:
-        raise DamagedCheckpoint(f"{_shown(path)}: of step {step}, not of {int(name)}; {_REMEDY}")
-    return entries
+    if is_step(name) and int(name) != manifest.step and not manifest.tensors:
+        raise DamagedCheckpoint(
+            f"{_shown(path)}: of step {manifest.step}, not of {int(name)}; {_REMEDY}"
+        )
+    return manifest
+
+
+def _manifest(fields: Mapping[str, Any]) -> Manifest:
+    files = {n: FileEntry(int(e["size"]), str(e["sha256"])) for n, e in fields["files"].items()}
+    tensors = {
+        name: TensorEntry(
+            str(entry["dtype"]),
+            tuple(map(int, entry["shape"])),
+            str(entry["sha256"]),
+            tuple((str(file), int(begin), int(end)) for file, begin, end in entry["chunks"]),
+        )
+        for name, entry in fields.get("tensors", {}).items()
+    }
+    step = fields.get("step")
+    return Manifest(files, None if step is None else int(step), tensors, fields.get("about", {}))
+
+
+def _damaged_tensors(folder: Path, name: str, manifest: Manifest) -> str:
+    """Which tensors a changed file of this name has lost, as words for a message."""
+    lost: list[str] = []
+    for tensor, entry in manifest.tensors.items():
+        for file, begin, end in entry.chunks:
+            if file != name:
+                continue
+            alone = len(entry.chunks) == 1
+            if not alone or _digest(folder / name, begin, end) != entry.sha256:
+                lost.append(tensor)
+    if not lost:
+        return ""
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f" (tensor {ascii(lost[0])[1:-1]}{more})"
+
+
+def _digest(path: Path, begin: int, end: int) -> str:
+    """SHA-256 of a part of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(begin)
+        while begin < end and (piece := file.read(min(end - begin, 1 << 20))):
+            digest.update(piece)
+            begin += len(piece)
+    return digest.hexdigest()
 
 
 def _walk(folder: Path) -> dict[str, Path]:
@@ -298,10 +325,16 @@ def _walk(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _compare(path: Path, digest: str, entry: _Entry) -> None:
+def _compare(path: Path, digest: str, entry: FileEntry, which: str = "") -> None:
     if digest != entry.sha256:
         digests = f"its SHA-256 is {digest[:16]}… where {entry.sha256[:16]}… was saved"
-        raise DamagedCheckpoint(f"{_shown(path)}: {digests}; {_REMEDY}")
+        raise DamagedCheckpoint(f"{_shown(path)}{which}: {digests}; {_REMEDY}")
+
+
+def _compare_size(path: Path, size: int, entry: FileEntry) -> None:
+    if size != entry.size:
+        sizes = f"{size:,} bytes where {entry.size:,} were saved"
+        raise DamagedCheckpoint(f"{_shown(path)}: {sizes}; {_REMEDY}")
 
 
 def _encode(manifest: Mapping[str, Any]) -> bytes:
@@ -317,7 +350,7 @@ def _shown(path: Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make the names in a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)
     try:
