@@ -129,6 +129,25 @@ def parse_at(text: str, position: int) -> tuple[Any, int]:
         raise JsonError(str(error)) from None
 
 
+def parse_member(text: str, position: int, *, most: int, what: str) -> tuple[Any, int]:
+    """The JSON value that begins here, of at most this many bytes, and where it ends.
+
+    Raises:
+      JsonError: see `parse`; or it is larger.
+    """
+    # One more character than allowed: what ends there is too long, whether or not it is JSON.
+    piece = text[position : position + most + 1]
+    try:
+        value, end = parse_at(piece, 0)
+    except JsonError:
+        if len(piece) <= most:
+            raise
+        value, end = None, len(piece)
+    if len(piece[:end].encode("utf-8", "surrogatepass")) > most:
+        raise JsonError(f"{what} has more than {most:,} bytes")
+    return value, position + end
+
+
 def skip_space(text: str, position: int) -> int:
     """The first character from here on that is no white space of JSON."""
     match = _space(text, position)

@@ -3,104 +3,85 @@
 Nothing is unpickled, no code in the folder is run, and no file outside it is opened.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+
+from mmx.convert.bounded import (
+    JsonError,
+    parse,
+    parse_member,
+    parse_string,
+    printable,
+    read_text,
+    skip_space,
+    walk_object,
+)
+from mmx.convert.safetensors_file import Limits, TensorInfo, read_header, read_part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SUPPORTED_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_NAME = 255  # characters of a file name
-
-
-def printable(text: str) -> str:
-    """A name out of a checkpoint as one line that cannot move the cursor."""
-    return text if text.isprintable() else ascii(text)
+MAX_JSON = 1 << 20  # bytes of a config, or of what an index says beside the weight map
+MAX_INDEX = 16 << 20  # bytes; an index of 100,000 tensors has about 10 MB
+MAX_SHARDS = 4096
+_NOT_A_FOLDER = "no such file; is this a checkpoint folder?"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of this name in the folder.
+    """A JSON object of at most `MAX_JSON` bytes from a file of this name in the folder.
 
     Raises:
-      ValueError: the file is missing, is a link out of the folder, is not JSON, or holds something
-        else than an object.
+      ValueError: the file is missing, too large, no plain file, or a link out of the folder; it is
+        not JSON, names a member twice, or holds something else than an object.
     """
     path = _inside(folder, name)
+    text = read_text(path, most=MAX_JSON, missing=_NOT_A_FOLDER)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is this a checkpoint folder?") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the file") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested or long beyond use
-        reason = printable(str(error))
-        raise ValueError(f"{path}: not valid JSON ({reason}); download it again") from None
+        fields = parse(text)
+    except JsonError as error:
+        raise _not_json(path, error) from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds a JSON {type(fields).__name__}; an object is wanted")
     return fields
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What the header of a safetensors file says of a tensor."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class SafetensorsFolder:
-    """The tensors of a checkpoint folder, single file or sharded.
+    """The tensors of a checkpoint folder, single file or sharded: `tensors`, by name.
 
     Raises:
-      ValueError: a shard is missing, truncated or outside the folder, an index that disagrees with
-        the files, or no safetensors at all.
+      ValueError: a shard is missing, damaged or outside the folder, there are more shards or
+        tensors than allowed, an index that disagrees with the files, or no safetensors at all.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, limits: Limits | None = None):
         self.tensors: dict[str, TensorInfo] = {}
-        weight_map = _weight_map(folder)
+        limits = limits or Limits()
+        weight_map = _weight_map(folder, limits)
         for name in sorted(set(weight_map.values())):
-            self._read_header(_inside(folder, name))
+            self._add(_inside(folder, name), limits)
         self._check_index(folder, weight_map)
 
     def read(self, key: str, part: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """The tensor, or the part of it that these leading indices select."""
-        info = self.tensors[key]
-        try:
-            # Opened for each tensor: a mapped file stays in memory as far as it was read.
-            with safetensors.safe_open(info.file, framework="numpy") as handle:
-                return handle.get_slice(key)[part] if part else handle.get_tensor(key)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{info.file}: {printable(key)} cannot be read ({error}); download it again"
-            ) from None
+        """The tensor, or the part of it that these leading indices select; see `read_part`."""
+        return read_part(self.tensors[key], part)
 
-    def _read_header(self, file: Path) -> None:
-        if not file.is_file():  # a folder, too
-            raise ValueError(f"{file}: shard is missing; download it again")
-        try:
-            with safetensors.safe_open(file, framework="numpy") as handle:
-                parts = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
-                found = {
-                    key: TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
-                    for key, part in parts.items()
-                }
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file}: not a whole safetensors file ({error}); download it again"
-            ) from None
+    def _add(self, file: Path, limits: Limits) -> None:
+        found, _ = read_header(file, limits)
         for key in sorted(found.keys() & self.tensors.keys()):
             raise ValueError(
                 f"{file}: {printable(key)} is also in {self.tensors[key].file.name}; "
                 "remove one of the two"
             )
         self.tensors |= found
+        if len(self.tensors) > limits.tensors:
+            raise ValueError(
+                f"{file}: with this file there are more than {limits.tensors:,} tensors; "
+                "download the checkpoint again"
+            )
 
     def _check_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
         if set(weight_map) == {SINGLE}:
@@ -114,17 +95,11 @@ class SafetensorsFolder:
                 )
 
 
-def _weight_map(folder: Path) -> Mapping[str, str]:
+def _weight_map(folder: Path, limits: Limits) -> Mapping[str, str]:
     """Tensor name -> file name; {SINGLE: SINGLE} for a folder with one file and no index."""
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        weight_map = read_json(folder, INDEX).get("weight_map")
-        strings = isinstance(weight_map, dict) and all(
-            isinstance(v, str) for v in weight_map.values()
-        )
-        if not strings or not weight_map:
-            raise ValueError(f"{folder / INDEX}: weight_map must map tensor names to file names")
-        return weight_map
-    if (folder / SINGLE).exists():
+        return _read_index(_inside(folder, INDEX), limits)
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return {SINGLE: SINGLE}
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt*")
@@ -135,6 +110,47 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
             "are never opened: convert them to safetensors first"
         )
     raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; download one of them")
+
+
+def _read_index(path: Path, limits: Limits) -> Mapping[str, str]:
+    text = read_text(path, most=MAX_INDEX, missing=_NOT_A_FOLDER)
+    mapped: dict[str, str] = {}
+    shards: dict[str, str] = {}  # each name once in memory
+    wanted = ValueError(f"{path}: weight_map must map tensor names to file names")
+
+    def tensor(name: str, position: int) -> int:
+        if text[position : position + 1] != '"':
+            raise wanted
+        shard, end = parse_string(text, position)
+        mapped[name] = shards.setdefault(shard, shard)
+        if len(shards) > MAX_SHARDS:
+            raise JsonError(f"more than {MAX_SHARDS:,} files")
+        return end
+
+    def member(name: str, position: int) -> int:
+        if name != "weight_map":
+            return parse_member(text, position, most=MAX_JSON, what=printable(name))[1]
+        if text[position : position + 1] != "{":
+            raise wanted
+        return walk_object(text, position, tensor, most=limits.tensors, what="tensors")
+
+    start = skip_space(text, 0)
+    try:
+        if text[start : start + 1] != "{":
+            value, _ = parse_member(text, start, most=MAX_JSON, what="it")
+            raise ValueError(f"{path}: holds a JSON {type(value).__name__}; an object is wanted")
+        end = walk_object(text, start, member, most=100, what="members")
+        if skip_space(text, end) != len(text):
+            raise JsonError(f"more text after the end, at character {end}")
+    except JsonError as error:
+        raise _not_json(path, error) from None
+    if not mapped:
+        raise wanted
+    return mapped
+
+
+def _not_json(path: Path, error: JsonError) -> ValueError:
+    return ValueError(f"{path}: not valid JSON ({printable(str(error))}); download it again")
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -155,8 +171,8 @@ def _inside(folder: Path, name: str) -> Path:
         allowed = (home, home.parent.parent / "blobs")
         try:
             inside = file.resolve(strict=False).parent in allowed
-        except (OSError, RuntimeError):  # a link to itself
-            inside = False
+        except (OSError, RuntimeError):
+            raise ValueError(f"{file}: is a link to itself; put the file itself there") from None
         if not inside:
             raise ValueError(f"{file}: is a link out of the folder; put the file itself there")
     return file
