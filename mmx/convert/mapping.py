@@ -75,6 +75,8 @@ _EXPERT_ROWS: dict[Layout, dict[str, str]] = {
 _FUSED_PART = {"moe/gate_proj": 0, "moe/up_proj": 1}
 # Stored as they are, not transposed.
 _COPIED = ("scale", "embedding")
+# Output projections split their input into heads; all others their output.
+_OUTPUT = "attention/out_proj"
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,80 @@ class Entry:
     transpose: bool
     shape: tuple[int, ...]
 
-    def to_param(self, part: np.ndarray) -> np.ndarray:
-        """The part of the checkpoint's tensor, laid out as the parameter."""
-        return (part.T if self.transpose else part).reshape(self.shape)
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """Shape of the meant part of the tensor: [out, in], or `shape` where nothing is turned."""
+        if not self.transpose:
+            return self.shape
+        inputs = math.prod(self.shape[: self._split])
+        return math.prod(self.shape[self._split :]), inputs
+
+    @property
+    def cut(self) -> int:
+        """The dimension of `shape` along which rows of the matrix lie: its first output axis."""
+        return self._split if self.transpose else 0
+
+    @property
+    def row_unit(self) -> int:
+        """Rows of the matrix that one step along the first output axis of the parameter takes."""
+        return math.prod(self.shape[self._split + 1 :]) if self.transpose else 1
+
+    def to_param(self, part: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A part of the checkpoint's tensor, laid out as the parameter; a view where it can be.
+
+        Args:
+          part: the whole matrix, or the box of it that `box` names.
+          shape: of the region that the box fills; None for all of it.
+        """
+        return (part.T if self.transpose else part).reshape(self.shape if shape is None else shape)
 
     def from_param(self, part: np.ndarray) -> np.ndarray:
-        """The part of the parameter, laid out as the checkpoint's tensor."""
+        """The inverse of `to_param`, of the whole or a region of it; a view where it can be."""
         if not self.transpose:
             return part
-        return part.reshape(self.key_shape[-1], -1).T
+        return part.reshape(math.prod(part.shape[: self._split]), -1).T
+
+    def box(self, region: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Rows and columns of the matrix that fill a region of the parameter.
+
+        Args:
+          region: a slice a dimension of `shape`; of the input axes and of the output axes only the
+            first may be a true part.
+        """
+        if not self.transpose:
+            return region
+        split, shape = self._split, self.shape
+        for axis, (part, size) in enumerate(zip(region, shape, strict=True)):
+            if axis not in (0, split) and part != slice(0, size):
+                raise ValueError(f"{self.path}: axis {axis} of {shape} cannot be cut; cut another")
+        inner = math.prod(shape[1:split])
+        rows, columns = region[split], region[0]
+        return (
+            slice(rows.start * self.row_unit, rows.stop * self.row_unit),
+            slice(columns.start * inner, columns.stop * inner),
+        )
+
+    def region(self, rows: slice) -> tuple[slice, ...]:
+        """What rows of the matrix, multiples of `row_unit`, fill in the parameter: leading axes."""
+        if not self.transpose:
+            return (rows,)
+        cut = slice(rows.start // self.row_unit, rows.stop // self.row_unit)
+        return (*(slice(0, n) for n in self.shape[: self._split]), cut)
+
+    def locate(self, box: tuple[slice, ...]) -> tuple[int | slice, ...]:
+        """A box of the matrix as indices into the whole tensor under `key`."""
+        if not self.key_slice or not box:
+            return (*self.key_slice, *box)
+        *leading, last = self.key_slice
+        if not isinstance(last, slice):
+            return (*self.key_slice, *box)
+        rows = slice(last.start + box[0].start, last.start + box[0].stop)
+        return (*leading, rows, *box[1:])
+
+    @property
+    def _split(self) -> int:
+        """How many axes of the parameter are of its input."""
+        return len(self.shape) - 1 if self.path.endswith(_OUTPUT) else 1
 
 
 def entries(config: ModelConfig, layout: Layout) -> Iterator[Entry]:
@@ -183,6 +250,6 @@ def _fused_entry(
 
 def _out_in(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """[out, in] of a matrix: output projections split their input into heads, others the output."""
-    if path.endswith("attention/out_proj"):
+    if path.endswith(_OUTPUT):
         return shape[-1], math.prod(shape[:-1])
     return math.prod(shape[1:]), shape[0]
