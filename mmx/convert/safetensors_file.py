@@ -223,7 +223,8 @@ def _parse_header(
             raise JsonError(f"{printable(name)}: {error}") from None
         return position + length
 
-    end = walk_object(text, 0, member, most=limits.tensors + 1, what="names")
+    # Beside the tensors the metadata, and the first tensor too many, of which `member` complains.
+    end = walk_object(text, 0, member, most=limits.tensors + 2, what="names")
     if skip_space(text, end) != len(text):
         raise JsonError("more text after the header's end")
     return _in_order(tensors, data, size), metadata
