@@ -38,7 +38,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
       ValueError: the file is missing, too large, no plain file, or a link out of the folder; it is
         not JSON, names a member twice, or holds something else than an object.
     """
-    path = _inside(folder, name)
+    path = plain_file(folder, name)
     text = read_text(path, most=MAX_JSON, missing=_NOT_A_FOLDER)
     try:
         fields = parse(text)
@@ -62,7 +62,7 @@ class SafetensorsFolder:
         limits = limits or Limits()
         weight_map = _weight_map(folder, limits)
         for name in sorted(set(weight_map.values())):
-            self._add(_inside(folder, name), limits)
+            self._add(plain_file(folder, name), limits)
         self._check_index(folder, weight_map)
 
     def read(self, key: str, part: tuple[int | slice, ...] = ()) -> np.ndarray:
@@ -98,7 +98,7 @@ class SafetensorsFolder:
 def _weight_map(folder: Path, limits: Limits) -> Mapping[str, str]:
     """Tensor name -> file name; {SINGLE: SINGLE} for a folder with one file and no index."""
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
-        return _read_index(_inside(folder, INDEX), limits)
+        return _read_index(plain_file(folder, INDEX), limits)
     if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
         return {SINGLE: SINGLE}
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
@@ -153,7 +153,7 @@ def _not_json(path: Path, error: JsonError) -> ValueError:
     return ValueError(f"{path}: not valid JSON ({printable(str(error))}); download it again")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def plain_file(folder: Path, name: str) -> Path:
     """The file of this name in the folder; refuses every way out of it.
 
     A link is followed within the folder, or to `blobs`, where the Hugging Face cache keeps the

@@ -59,7 +59,7 @@ _KIND_OF_NAME: dict[Any, LayerKind] = {
     "full_attention": "softmax",
 }
 # Our own keys: values that a schema has no word for.
-_OWN = ("lightning_norm_epsilon", "slope_base", "slope_layer_epsilon", "chunk_size")
+OWN_KEYS = ("lightning_norm_epsilon", "slope_base", "slope_layer_epsilon", "chunk_size")
 # The one value of each that this implementation computes; another one is refused.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -124,7 +124,7 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         fields, "head_dim", fields["hidden_size"] // heads if heads else 0
     )
     read(fields, ours, used)
-    for key in _OWN:
+    for key in OWN_KEYS:
         used.add(key)
         if key in fields:
             ours[key] = fields[key]
@@ -271,7 +271,7 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
     # A reader of ours takes these keys; for any other they are the schema's own values already.
     defaults = from_hf(fields)
     fields |= {
-        key: getattr(config, key) for key in _OWN if getattr(config, key) != getattr(defaults, key)
+        key: getattr(config, key) for key in OWN_KEYS if getattr(config, key) != getattr(defaults, key)
     }
     return fields
 
