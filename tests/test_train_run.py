@@ -52,7 +52,9 @@ def test_a_run_leaves_what_it_promises(whole):
     about = json.loads((folder / "run.json").read_text())
     assert about["source_names"] == ["one", "two"]
     assert about["model"]["embed_dim"] == train_runs.CONFIG.embed_dim
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= record["data_wait"] <= 1 for record in records)
+    last = records[-1]
     assert last["num_compiles"] == 1  # for both batch sizes
     assert last["heldout_loss"] == result.heldout_after
     # Targets of two micro-batches: more than one of them can hold.

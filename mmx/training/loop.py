@@ -188,8 +188,9 @@ class _Run:
         self.last_heldout: float | None = None
         self.trouble: str | None = None  # why training cannot go on
         self.tokenizer = Tokenizer.from_file(str(manifest.tokenizer_file))
-        self._pending: tuple[int, Any, dict[str, Any]] | None = None
-        self._clock = time.perf_counter()
+        self._pending: tuple[int, Any, int] | None = None  # step, metrics, tokens
+        self._clock = time.perf_counter()  # when the last record was written
+        self._waited = 0.0  # seconds since then in which there was no batch
 
     def open_logs(self, stack: ExitStack, *, resumed: bool) -> None:
         """run.json, the tokenizer, metrics and the display."""
@@ -247,13 +248,13 @@ class _Run:
         batch = self._next_batch(accumulation)
         if batch is None:
             return
-        waited = time.perf_counter() - begin
+        self._waited += time.perf_counter() - begin
         self.state, metrics = self.program(self.state, batch, accumulation)
         # The record of the step before is fetched while this one runs.
         self.flush()
         self.step += 1
         tokens = accumulation * plan.batches.micro_batch_tokens
-        self._pending = (self.step, metrics, {"data_seconds": waited, "tokens": tokens})
+        self._pending = (self.step, metrics, tokens)
         if plan.heldout_every and self._due(plan.heldout_every) and self.heldout is not None:
             self.flush(heldout=True)
         if plan.sample_every and plan.prompts and self._due(plan.sample_every):
@@ -266,16 +267,17 @@ class _Run:
         """Write the record of the last step that has none yet."""
         if self._pending is None:
             return
-        step, metrics, extra = self._pending
+        step, metrics, tokens = self._pending
         self._pending = None
         record: dict[str, Any] = {"step": step, **measuring.to_record(metrics)}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        per_second = extra["tokens"] / seconds
+        waited, self._waited = self._waited, 0.0
+        per_second = tokens / seconds
         record |= {
             "seconds": seconds,
             "tokens_per_second": per_second,
-            "data_wait": extra["data_seconds"] / seconds,
+            "data_wait": waited / seconds,
             "num_compiles": self.program.num_compiles,
         }
         record |= device_numbers(self.plan, per_second)

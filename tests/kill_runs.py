@@ -1,0 +1,96 @@
+"""A training run killed at random moments, many times, and one that nothing happens to.
+
+    python kill_runs.py CORPUS WHOLE KILLED STEPS KILLS SEED
+
+Prints one JSON line a life of the killed run: how far it came, and what it found when it began.
+Lives are forks of a process that has imported everything and has not yet touched a device.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import train_runs
+
+from mmx.data.shards import Manifest
+from mmx.training import folders, loop
+
+SAVE_EVERY = 3
+
+
+def life(corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float] | None) -> None:
+    """Train in a child; with `die_after`, SIGKILL comes some seconds after some step is logged."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, -signal.SIGKILL):
+            sys.exit(f"a life ended with {code}")
+        return
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        if die_after is not None:
+            _die(*die_after)
+        options = dict(save_every=SAVE_EVERY, heldout_every=0)
+        train_runs.run(Manifest.load(corpus), folder, steps, **options)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _die(step: int, seconds: float) -> None:
+    """From another thread, so that the moment is none the training knows of."""
+    reached = threading.Event()
+    write = loop.Logbook.write
+
+    def write_and_tell(self, record):
+        write(self, record)
+        if record["step"] >= step:
+            reached.set()
+
+    def kill():
+        reached.wait()
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.Logbook.write = write_and_tell
+    threading.Thread(target=kill, daemon=True).start()
+
+
+def saved(folder: Path) -> int:
+    """The last complete step, 0 before the first."""
+    return max(folders.complete(folder / "checkpoints")[0], default=0)
+
+
+def logged(folder: Path) -> int:
+    """Whole lines of the metrics."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def main() -> None:
+    corpus, whole, killed = map(Path, sys.argv[1:4])
+    steps, kills, seed = map(int, sys.argv[4:])
+    life(corpus, whole, steps, die_after=None)
+    chance = random.Random(seed)
+    for _ in range(kills):
+        begin = saved(killed)
+        moment = begin + chance.randint(1, 2 * SAVE_EVERY), chance.uniform(0, 0.3)
+        life(corpus, killed, steps, die_after=moment)
+        names = [p.name for p in (killed / "checkpoints").glob("*")]
+        partial = any(name.endswith(folders.SAVING) for name in names)
+        record = dict(began=begin, saved=saved(killed), logged=logged(killed), partial=partial)
+        print(json.dumps(record), flush=True)
+    life(corpus, killed, steps, die_after=None)
+
+
+if __name__ == "__main__":
+    main()
