@@ -220,8 +220,8 @@ def test_a_full_disk_in_the_middle(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, writer, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "write", full)
+    with writer, pytest.raises(OSError, match="No space"):
         writer.write(np.zeros(2 << 20, np.uint8))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MAX_SHOWN = 255  # characters of a name in a message
+_SHOWN = 400  # characters of a text in a message
 _space = re.compile(r"[ \t\n\r]*+").match
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -28,9 +28,9 @@ class JsonError(ValueError):
 
 
 def printable(text: str) -> str:
-    """A name out of a checkpoint as one short line that cannot move the cursor."""
-    if len(text) > MAX_SHOWN:
-        text = text[:MAX_SHOWN] + "…"
+    """A text out of a checkpoint as one short line that cannot move the cursor."""
+    if len(text) > _SHOWN:
+        text = f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 2 :]}"
     return text if text.isprintable() else ascii(text)
 
 
