@@ -76,6 +76,13 @@ class ArrayLayout:
             for i, step, size in zip(index, self.chunk, self.shape, strict=True)
         )
 
+    def touched(self, region: tuple[slice, ...]) -> tuple[range, ...]:
+        """The indices of the chunks that hold a part of a region that is not empty."""
+        return tuple(
+            range(part.start // step, (part.stop - 1) // step + 1)
+            for part, step in zip(region, self.chunk, strict=True)
+        )
+
 
 def choose_chunk(
     shape: tuple[int, ...],

@@ -7,8 +7,10 @@ before tensorstore is given an array, no link is followed, and a chunk that is m
 
 import functools
 import itertools
+import math
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ import tensorstore as ts
 
 from mmx.convert.bounded import (
     JsonError,
+    open_plain,
     parse,
     parse_member,
     parse_string,
     printable,
+    read_exactly,
     read_text,
     skip_space,
     walk_object,
@@ -35,6 +39,8 @@ _REMEDY = "it is damaged or no Orbax checkpoint: write it again"
 _MISSING = "no such file; a whole Orbax checkpoint is wanted"
 _ENTRY = 1 << 16  # bytes of the description of one array in the tree
 _KINDS = (1, 2)  # keys of lists and of dicts, as Orbax numbers them
+_AT_ONCE = 64 << 20  # bytes of chunks, unless one is larger
+_RAW_AT_ONCE = 1 << 20  # the same of raw chunks; larger ones need no tensorstore
 _MAX_PATH = 1024  # characters of the path to an array
 
 
@@ -85,7 +91,7 @@ class TreeReader:
         }
 
     def read(self, name: str, region: tuple[int | slice, ...] = ()) -> np.ndarray:
-        """A part of an array; memory for the part, and for the chunks that are under way.
+        """A part of an array; memory for the part, and one chunk or 64 MiB of chunks at a time.
 
         Args:
           name: one of `arrays`.
@@ -103,15 +109,40 @@ class TreeReader:
         out = np.empty(shape, layout.numpy_dtype)
         if out.size:
             self._check_chunks(name, slices)
+            raw = self._descriptions[name].raw and not self._tree.ocdbt
             try:
                 store = self._open(name)
                 if tuple(store.shape) != layout.shape or store.dtype.numpy_dtype != out.dtype:
                     raise ValueError("its description has changed")
-                ts.array(out, write=True).write(store[slices]).result()
+                for box in _boxes(layout, slices, _RAW_AT_ONCE if raw else _AT_ONCE):
+                    place = (
+                        slice(part.start - whole.start, part.stop - whole.start)
+                        for part, whole in zip(box, slices, strict=True)
+                    )
+                    part = out[(*place, ...)]  # a view, of a number too
+                    if not (raw and self._read_plainly(name, box, part)):
+                        ts.array(part, write=True).write(store[box]).result()
             except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
                 raise self._fault(name, error) from None
         dropped = tuple(axis for axis, part in enumerate(region) if not isinstance(part, slice))
         return out.squeeze(axis=dropped)
+
+    def _read_plainly(self, name: str, box: tuple[slice, ...], out: np.ndarray) -> bool:
+        """Read what is one range of bytes of one raw file; whether it is. Twice as fast."""
+        found = self._descriptions[name]
+        index = found.layout.touched(box)
+        span = _span(found.layout, box)
+        path = self.folder / file_name(name) / found.chunk_file(tuple(part[0] for part in index))
+        if span is None or not out.flags.c_contiguous or not path.exists():
+            return False
+        handle = open_plain(path)
+        try:
+            content = memoryview(out.reshape(-1).view(np.uint8))
+            if read_exactly(handle, content, span) != len(content):
+                raise ValueError(f"{path.name} is cut short")
+        finally:
+            os.close(handle)
+        return True
 
     def _open(self, name: str) -> Any:
         spec = {
@@ -174,16 +205,11 @@ class TreeReader:
         if self._tree.ocdbt:
             return
         found = self._descriptions[name]
-        steps = found.layout.chunk
-        ranges = [
-            range(part.start // step, (part.stop - 1) // step + 1)
-            for part, step in zip(slices, steps, strict=True)
-        ]
         folder = self.folder / file_name(name)
         most = found.layout.chunk_nbytes
         # What does not compress grows a little; the shards of zarr 3 have an index.
         most += 0 if found.raw else most // 8 + found.overhead
-        for index in itertools.product(*ranges):
+        for index in itertools.product(*found.layout.touched(slices)):
             path = folder / found.chunk_file(index)
             try:
                 state = path.lstat()
@@ -316,6 +342,33 @@ def _flag(flags: dict[str, Any], key: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise JsonError(f"{key} is {ascii(value)[:40]}; true or false is wanted")
     return value
+
+
+def _boxes(
+    layout: ArrayLayout, slices: tuple[slice, ...], most: int
+) -> Iterator[tuple[slice, ...]]:
+    """The region in boxes of one chunk, or of chunks of at most `most` bytes together."""
+    ranges = layout.touched(slices)
+    count = math.prod(map(len, ranges))
+    if count == 1 or count * layout.chunk_nbytes <= most:
+        yield slices
+        return
+    axis = max(range(len(ranges)), key=lambda axis: len(ranges[axis]))
+    middle = ranges[axis][len(ranges[axis]) // 2] * layout.chunk[axis]
+    for half in (slice(slices[axis].start, middle), slice(middle, slices[axis].stop)):
+        yield from _boxes(layout, (*slices[:axis], half, *slices[axis + 1 :]), most)
+
+
+def _span(layout: ArrayLayout, box: tuple[slice, ...]) -> int | None:
+    """Where the bytes of a box begin in its chunk, if they are one range of one chunk."""
+    offset, split = 0, False
+    for part, indices, step in zip(box, layout.touched(box), layout.chunk, strict=True):
+        size = part.stop - part.start
+        if len(indices) != 1 or (split and size != step):
+            return None
+        split = split or size != 1
+        offset = offset * step + part.start - indices[0] * step
+    return offset * layout.numpy_dtype.itemsize
 
 
 def _slices(name: str, layout: ArrayLayout, region: tuple[int | slice, ...]) -> tuple[slice, ...]:
