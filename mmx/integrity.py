@@ -87,6 +87,7 @@ def write_manifest(
     known: Mapping[str, FileEntry] | None = None,
     tensors: Mapping[str, TensorEntry] | None = None,
     about: Mapping[str, Any] | None = None,
+    but: str = "",
 ) -> None:
     """Force every file of `folder` to disk, then write the manifest of them.
 
@@ -97,6 +98,7 @@ def write_manifest(
         sizes are looked at.
       tensors: of a converted checkpoint.
       about: JSON values for whoever reads the manifest.
+      but: a file that is left out, since it goes before the checkpoint is used.
 
     Raises:
       DamagedCheckpoint: a link or another special file is among them, or a known one is missing or
@@ -115,7 +117,7 @@ def write_manifest(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return name, {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
-    files = {name: path for name, path in _walk(folder).items() if name != MANIFEST}
+    files = {name: path for name, path in _walk(folder).items() if name not in (MANIFEST, but)}
     for name in known:
         if name not in files:
             raise DamagedCheckpoint(f"{_shown(folder / name)}: missing; {_REMEDY}")

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "continue a prompt with a checkpoint or a run",
     "train": "train a preset from text to a checkpoint, or go on",
     "extend": "extend the context of a run in stages",
+    "convert": "Hugging Face <-> Orbax at any size",
     "verify": "check every byte of a run's checkpoints",
     "data": "build token shards from text",
     "plot": "draw the curves of a run",

@@ -270,9 +270,9 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
     fields |= write(config)
     # A reader of ours takes these keys; for any other they are the schema's own values already.
     defaults = from_hf(fields)
-    fields |= {
-        key: getattr(config, key) for key in OWN_KEYS if getattr(config, key) != getattr(defaults, key)
-    }
+    for key in OWN_KEYS:
+        if getattr(config, key) != getattr(defaults, key):
+            fields[key] = getattr(config, key)
     return fields
 
 

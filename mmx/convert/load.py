@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,9 @@ def load(path: str | os.PathLike[str], *, dtype: Any | None = None) -> tuple[Mod
         warnings.warn(
             f"{folder}: {len(vision)} tensors of the vision model are not loaded", stacklevel=2
         )
-    by_path = defaultdict(list)
-    for entry in source.entries.values():
-        by_path[entry.path].append(entry)
     leaves = {}
     specs = param_specs(source.config)
-    for name, group in by_path.items():
+    for name, group in source.by_path.items():
         spec = mapping.find(specs, name)
         assert spec is not None
         leaves[name] = _read_leaf(source, group, spec, wanted)
