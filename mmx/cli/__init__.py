@@ -15,7 +15,8 @@ COMMANDS = {
     "train": "train a preset from text to a checkpoint, or go on",
     "extend": "extend the context of a run in stages",
     "convert": "Hugging Face <-> Orbax at any size",
-    "verify": "check every byte of a run's checkpoints",
+    "verify": "check every byte of a checkpoint, or compare two",
+    "inspect": "what a checkpoint holds, from its headers",
     "data": "build token shards from text",
     "plot": "draw the curves of a run",
 }

@@ -34,6 +34,7 @@ from mmx.convert.safetensors_file import DTYPES
 Form = Literal["hf", "hf-released", "orbax", "run"]
 PARAMS, CARRIED = "params", "carried"
 CHECKPOINTS = "checkpoints"  # of a run
+ALLOWED = "allowed to be there"  # why a tensor is dropped that --allow-extra names
 PIECE = 64 << 20  # bytes that are read or written at once
 
 
@@ -212,7 +213,7 @@ def open_source(
 
 @dataclass(frozen=True)
 class Allowed:
-    """Patterns of keys that may be missing, and of keys that may be there for nothing; how to look."""
+    """Patterns of keys that may be missing or superfluous, and whether data may be read."""
 
     missing: tuple[str, ...]
     extra: tuple[str, ...]
@@ -262,7 +263,7 @@ def _open_hf(folder: Path, fields: dict[str, Any], config: ModelConfig, allowed:
         elif _is_tied_head(checkpoint, key, config, allowed.read_data):
             dropped[key] = "the embedding again"
         elif allowed.may_have(key):
-            dropped[key] = "allowed to be there"
+            dropped[key] = ALLOWED
         else:
             extra.append(key)
     if extra:

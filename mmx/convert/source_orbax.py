@@ -15,6 +15,7 @@ from mmx.convert.mapping import Entry
 from mmx.convert.orbax_store import TreeReader
 from mmx.convert.safetensors_file import DTYPES as FORMAT_DTYPES
 from mmx.convert.source import (
+    ALLOWED,
     CARRIED,
     CHECKPOINTS,
     PARAMS,
@@ -123,4 +124,4 @@ def _match_arrays(
             f"{folder}: {some(unexpected)} unexpected; the config has no place for it: correct "
             "config.json or convert again"
         )
-    return found, list(missing), dict.fromkeys(extra, "allowed to be there")
+    return found, list(missing), dict.fromkeys(extra, ALLOWED)
