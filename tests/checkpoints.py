@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_NAMES = sorted(str(p.parent.relative_to(GOLDEN)) for p in GOLDEN.glob("*/*/config.json"))
+# The text models; of the vision model's cases the weights alone are here.
+GOLDEN_NAMES = sorted(
+    str(p.parent.relative_to(GOLDEN))
+    for family in ("released", "text")
+    for p in GOLDEN.glob(f"{family}/*/config.json")
+)
+VISION = "vl/v1_wide"
 RELEASED = "released/o1_fp32_3shards"
 RELEASED_BF16 = "released/o2_bf16_4shards_zero_based"
 TRANSFORMERS = "text/p01_default_pattern"

@@ -18,7 +18,7 @@ import mmx
 from mmx.training.losses import checkpoint_balance_loss
 
 FOLDER = Path(__file__).parent / "golden"
-NAMES = sorted(str(path.parent.relative_to(FOLDER)) for path in FOLDER.glob("*/*/config.json"))
+NAMES = sorted(str(f.parent.relative_to(FOLDER)) for f in FOLDER.glob("*/*/golden.safetensors"))
 LOGITS = 5e-5
 LOSS = 1e-5
 NEW_TOKENS = 24

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
@@ -22,7 +22,10 @@ from rich.progress import (
 
 from mmx.convert.memory import parse_size, peak_resident, shown_size
 
-_LEAST_REFRESH = 2  # a second
+if TYPE_CHECKING:
+    from mmx.convert.plan import Plan
+
+_REFRESH = 2  # times a second
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     return _convert(plan, options, destination, max_ram)
 
 
-def _convert(plan, options: Convert, destination: Path, max_ram: int) -> int:  # pyright: ignore
+def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) -> int:
     from mmx.convert.check import check_output
     from mmx.convert.stream import default_workers, execute, machine
     from mmx.convert.workplace import Workplace
@@ -156,12 +159,12 @@ def _bar(console: Console, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, refresh_per_second=_LEAST_REFRESH) as progress:
+    with Progress(*columns, console=console, refresh_per_second=_REFRESH) as progress:
         task = progress.add_task("converting", total=total)
         yield lambda number: progress.advance(task, number)
 
 
-def _dry_run(plan, options: Convert, destination: Path) -> int:  # pyright: ignore
+def _dry_run(plan: "Plan", options: Convert, destination: Path) -> int:
     from mmx.convert.memory import resident
     from mmx.convert.plan_rows import rows
     from mmx.convert.stream import MARGIN, default_workers, largest_piece

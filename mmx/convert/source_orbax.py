@@ -36,12 +36,13 @@ _SUPPORTED = {FORMAT_DTYPES[name].name for name in SUPPORTED_DTYPES}
 class _Orbax:
     params: TreeReader
     carried: TreeReader | None
+    above: str = ""  # what the tree has above the names of parameters
 
     def dtype(self, entry: Entry) -> np.dtype:
-        return DTYPES[self.params.arrays[entry.path].dtype]
+        return DTYPES[self.params.arrays[self.above + entry.path].dtype]
 
     def rows(self, entry: Entry) -> int:
-        layout = self.params.arrays[entry.path]
+        layout = self.params.arrays[self.above + entry.path]
         chunk = layout.chunk[len(entry.index) :]
         # A chunk is read whole; larger ones, as of other writers, again for each piece.
         most = rows_at_once(entry, DTYPES[layout.dtype].itemsize)
@@ -49,9 +50,9 @@ class _Orbax:
 
     def read(self, entry: Entry, box: tuple[slice, ...]) -> np.ndarray:
         if not box:
-            return entry.from_param(self.params.read(entry.path, entry.index))
+            return entry.from_param(self.params.read(self.above + entry.path, entry.index))
         region = entry.region(box[0])
-        part = entry.from_param(self.params.read(entry.path, (*entry.index, *region)))
+        part = entry.from_param(self.params.read(self.above + entry.path, (*entry.index, *region)))
         return part[(slice(None), *box[1:])]
 
     def read_carried(self, key: str, part: tuple[int | slice, ...]) -> np.ndarray:
@@ -81,7 +82,7 @@ def open_run(folder: Path, allowed: Allowed) -> Source:
     """The parameters of the last complete step of a run."""
     step, config = run_config(folder)
     saved = step_folders(folder / CHECKPOINTS)[step]
-    store = _Orbax(TreeReader(saved / PARAMS), None)
+    store = _Orbax(TreeReader(saved / PARAMS), None, f"{PARAMS}/")
     found, missing, dropped = _match_arrays(saved / PARAMS, store, config, allowed)
     return Source(folder, "run", config, None, "separate", "", found, {}, dropped, tuple(missing),
                   store, (saved, saved / integrity.MANIFEST))  # fmt: skip
@@ -91,7 +92,8 @@ def _match_arrays(
     folder: Path, store: _Orbax, config: ModelConfig, allowed: Allowed
 ) -> tuple[dict[tuple[str, tuple[int, ...]], Entry], list[str], dict[str, str]]:
     """Entries of the arrays there are, paths that may miss, and arrays that may be too many."""
-    arrays, specs = store.params.arrays, param_specs(config)
+    specs = param_specs(config)
+    arrays = {name.removeprefix(store.above): a for name, a in store.params.arrays.items()}
     found: dict[tuple[str, tuple[int, ...]], Entry] = {}
     missing: dict[str, None] = {}
     for entry in mapping.entries(config, "separate"):
