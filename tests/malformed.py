@@ -90,6 +90,9 @@ HEADERS = {
     "one field more": ({"a": F32 | {"x": 1}}, bytes(4), "nothing else"),
     "object within": ({"a": F32 | {"shape": {}}}, bytes(4), "a: "),
     "a number of 5,000 digits": (TEXT.replace("4", "4" * 5000).join(['{"a":', "}"]), b"", "a: "),
+    "a number of 3,000 digits": (TEXT.replace("4", "4" * 3000).join(['{"a":', "}"]), b"", "range"),
+    "an offset that goes back": ({"a": tensor(offsets=(4, 0))}, bytes(4), "the byte range [4, 0]"),
+    "empty and too large": ({"a": tensor(shape=(0, 1 << 62, 4), offsets=(0, 0))}, b"", "too large"),
     "100,001 tensors": (
         "{" + ",".join(f'"{i:x}":{json.dumps(tensor(shape=(0,), offsets=(0, 0)))}'.replace(" ", "")
                        for i in range(100_001)) + "}", b"", "more than 100,000 tensors"),

@@ -37,12 +37,21 @@ BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BF16": 16} |
 } | {f"F8_{kind}": 8 for kind in ("E5M2", "E4M3", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def warm():
+    """What a process does once is not counted as the time of the first case."""
+    mmx.load(checkpoints.GOLDEN / checkpoints.RELEASED)
+
+
 def refused(call, folder, *named):
-    """The message of the ValueError: one line that names the folder, in time."""
-    start = time.perf_counter()
+    """A ValueError of one line that names the folder, in time.
+
+    The time of this process, as others may run beside it; whoever waits for a pipe waits for ever.
+    """
+    start = time.process_time()
     with pytest.raises(ValueError) as caught:
         call()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     said = str(caught.value)
     assert seconds < SECONDS, f"{seconds} s: {said}"
     assert said.isprintable(), ascii(said)
@@ -81,6 +90,15 @@ def test_a_socket_is_no_file(name, tmp_path, monkeypatch):
 def test_a_device_is_not_opened(tmp_path):
     (tmp_path / "model").symlink_to("/dev/zero")
     refused(lambda: read_header(tmp_path / "model"), tmp_path, "a device")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+    """Between the look at the file and its opening."""
+    plain = os.stat(__file__)
+    os.mkfifo(tmp_path / "it")
+    monkeypatch.setattr(os, "stat", lambda *args, **options: plain)
+    refused(lambda: read_header(tmp_path / "it"), tmp_path, "a pipe")
 
 
 def test_what_looks_odd_and_is_allowed(tmp_path):
@@ -252,9 +270,9 @@ def test_mutated_headers(part, tmp_path):
             refused(lambda file=file: read_header(file), file)
             continue
         taken += 1
-        start = time.perf_counter()
+        start = time.process_time()
         found = read_header(file)[0]
-        assert time.perf_counter() - start < SECONDS
+        assert time.process_time() - start < SECONDS
         assert [(n, t.dtype, t.shape, t.begin, t.end) for n, t in found.items()] == want
         listed = safetensors.deserialize(content)
         theirs = {name: (info["dtype"], tuple(info["shape"])) for name, info in listed}
@@ -321,13 +339,13 @@ def megabytes(name):
 
 name, folder = sys.argv[1], Path(sys.argv[2])
 limits = Limits(header_bytes=64 << 20) if name.endswith("limit raised") else Limits()
-before, start = megabytes("VmRSS"), time.perf_counter()
+before, start = megabytes("VmRSS"), time.process_time()
 try:
     read_json(folder, "config.json")
     SafetensorsFolder(folder, limits)
 except ValueError as error:
     said = str(error)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([said, seconds, megabytes("VmHWM") - before]))
 """
 

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from malformed import file_of
 from safetensors.numpy import load_file, save, save_file
 
 from mmx.convert import bounded, safetensors_writer
@@ -131,10 +132,12 @@ def test_large_pieces_and_views_that_are_not_contiguous(tmp_path):
         assert done.tensors[name] == hashlib.sha256(np.ascontiguousarray(want)).hexdigest()
 
 
-def test_an_older_file_is_overwritten_and_a_link_is_not_followed(tmp_path):
+def test_an_older_file_is_overwritten_and_a_link_is_not_followed(tmp_path, monkeypatch):
     file = tmp_path / "it"
     file.write_bytes(bytes(10_000))
-    write(file, {"a": np.ones(3, np.float32)})
+    forced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append(os.fstat(handle).st_size))
+    assert [write(file, {"a": np.ones(3, np.float32)}).size] == forced
     same_bits(load_file(file)["a"], np.ones(3, np.float32))
     (tmp_path / "link").symlink_to(file)
     with pytest.raises(OSError, match="symbolic links"):
@@ -208,7 +211,7 @@ def test_every_tensor_is_aligned_or_refused(tmp_path):
         assert info.begin % DTYPES[info.dtype].itemsize == 0
 
 
-def test_a_full_disk_is_an_os_error(tmp_path):
+def test_a_full_disk_is_an_os_error():
     with pytest.raises(OSError, match="No space") as caught:
         ShardWriter(Path("/dev/full"), {"a": ("F32", (8,))})
     assert caught.value.errno == errno.ENOSPC
@@ -264,10 +267,6 @@ def test_all_dtypes_of_the_format_are_known(tmp_path):
                 read_part(info)
         else:
             assert read_part(info).dtype.itemsize == bits // 8
-
-
-def file_of(header, data=b""):
-    return len(header.encode()).to_bytes(8, "little") + header.encode() + data
 
 
 PARTS = [
