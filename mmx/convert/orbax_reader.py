@@ -38,6 +38,7 @@ _MANIFEST = "manifest.ocdbt"
 _REMEDY = "it is damaged or no Orbax checkpoint: write it again"
 _MISSING = "no such file; a whole Orbax checkpoint is wanted"
 _ENTRY = 1 << 16  # bytes of the description of one array in the tree
+_MEMBER = 1 << 20  # bytes of any other member, as of a user's own notes
 _KINDS = (1, 2)  # keys of lists and of dicts, as Orbax numbers them
 _AT_ONCE = 64 << 20  # bytes of chunks, unless one is larger
 _RAW_AT_ONCE = 1 << 20  # the same of raw chunks; larger ones need no tensorstore
@@ -281,9 +282,9 @@ def _read_tree(path: Path, limits: Limits) -> _Tree:
     def member(key: str, position: int) -> int:
         if key == "tree_metadata":
             return walk_object(text, position, entry, most=limits.arrays, what="arrays")
-        if text[position : position + 1] == '"':
+        if key == "value_metadata_tree":  # the whole tree again, as one string
             return parse_string(text, position)[1]
-        flags[key], end = parse_member(text, position, most=_ENTRY, what=printable(key))
+        flags[key], end = parse_member(text, position, most=_MEMBER, what=printable(key))
         return end
 
     try:
