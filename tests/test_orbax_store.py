@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1
 
@@ -303,3 +304,12 @@ def test_data_that_does_not_fit(tmp_path):
         writer.write("embed/embedding", (4, 0), part)
     assert part.dtype == ml_dtypes.bfloat16
     assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("key", ["../secret", "a/../../secret", "/secret", "./params/x"])
+def test_tensorstore_reads_no_key_outside_its_folder(tmp_path, key):
+    """An OCDBT manifest names files itself; that they lie in the folder is tensorstore's check."""
+    (tmp_path / "secret").write_text("secret")
+    spec = {"driver": "file", "path": f"{tmp_path}/params/"}
+    with pytest.raises(ValueError, match="Invalid key"):
+        ts.KvStore.open(spec).result().read(key).result()
