@@ -120,16 +120,15 @@ def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) ->
         if work.state == "published":
             print(f"{options.dst}: is whole already")
             return 0
-        there = sum(entry["size"] for entry in work.done.values())
+        done = 0
         if work.state == "begun":
-            _check_room(work.folder, plan.nbytes - there)
+            _check_room(work.folder, plan.nbytes - sum(e["size"] for e in work.done.values()))
             with _bar(console, plan.nbytes) as advance:
-                execute(plan, work, use, advance)
+                done = execute(plan, work, use, advance)
         seconds = time.monotonic() - begun
         compared = check_output(plan, work.folder, options.verify, use)
         work.publish()
     files = sum(1 for path in destination.rglob("*") if path.is_file())
-    done = plan.nbytes - there
     print(
         f"{options.dst}: {files:,} files, {plan.nbytes:,} bytes of tensors; wrote "
         f"{shown_size(done)} in {seconds:.1f} s ({done / 1e9 / max(seconds, 1e-9):.2f} GB/s), "

@@ -79,19 +79,28 @@ def machine(plan: Plan, max_ram: int, workers: int) -> Machine:
     return Machine(max_ram - held, workers)
 
 
-def execute(plan: Plan, work: Workplace, use: Machine, progress: Progress) -> None:
+def execute(plan: Plan, work: Workplace, use: Machine, progress: Progress) -> int:
     """Write everything the plan names into the workplace, the manifest last.
+
+    Returns:
+      Bytes of tensors that were written, not found finished.
 
     Raises:
       ValueError: the source is damaged, or the disk is full; what is finished stays.
       OSError: the output cannot be written.
     """
+    written = 0
+
+    def count(number: int) -> None:
+        nonlocal written
+        with counting:
+            written += number
+        progress(number)
+
+    counting = threading.Lock()
+    progress(_finished_bytes(plan, work))
     with _telling_of_full_disks(work.folder):
-        tensors = (
-            _write_trees(plan, work, use, progress)
-            if plan.trees
-            else _write_shards(plan, work, use, progress)
-        )
+        tensors = (_write_trees if plan.trees else _write_shards)(plan, work, use, count)
         for name in plan.files:
             (work.folder / name).write_bytes(read_carried(plan.source.folder, name))
         for name, content in plan.documents.items():
@@ -105,6 +114,14 @@ def execute(plan: Plan, work: Workplace, use: Machine, progress: Progress) -> No
             work.folder, known=known, tensors=tensors, about=about, but=JOURNAL
         )
         work.finish()
+    return written
+
+
+def _finished_bytes(plan: Plan, work: Workplace) -> int:
+    """Bytes of tensors that an interrupted run has left."""
+    shards = [name for file, names in plan.shards.items() if file in work.done for name in names]
+    chunks = sum(entry["size"] for entry in work.done.values()) if plan.trees else 0
+    return chunks + sum(plan.tensors[name].stored.nbytes for name in shards)
 
 
 @contextmanager
@@ -133,7 +150,6 @@ def _write_shards(
     with _threads(use) as run:
         for file, names in plan.shards.items():
             if file in work.done:
-                progress(sum(plan.tensors[name].stored.nbytes for name in names))
                 continue
             described = {
                 name: (
@@ -194,8 +210,7 @@ def _write_trees(
     with _threads(use) as run:
         run.all(_chunk_tasks(plan, work, writers, progress))
     for tree, writer in writers.items():
-        for made in writer.finish():
-            work.record(f"{tree}/{made.file}", {"size": made.size, "sha256": made.sha256})
+        writer.finish()
         for name, layout in plan.trees[tree].items():
             files = [f"{tree}/{writer.file(name, index)}" for index in layout.chunks()]
             digests = [work.done[file]["sha256"] for file in files]
@@ -218,10 +233,9 @@ def _chunk_tasks(
         for name, layout in arrays.items():
             for index in layout.chunks():
                 file = f"{tree}/{writer.file(name, index)}"
-                piece = chunk_piece(plan, tree, name, layout.region(index))
                 if file in work.done:
-                    progress(piece.nbytes)
                     continue
+                piece = chunk_piece(plan, tree, name, layout.region(index))
                 yield piece, _writing(work, writer, file, name, index, progress)
 
 
