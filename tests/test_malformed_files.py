@@ -24,7 +24,7 @@ from malformed import BOMBS, CASES, SHARD_1, SHARD_2, SMALL
 import mmx
 from mmx.cli import main
 from mmx.convert.checkpoint import SafetensorsFolder, read_json
-from mmx.convert.safetensors_file import read_header
+from mmx.convert.safetensors_file import Limits, read_header
 
 SECONDS = 2
 MEGABYTES = 256
@@ -98,7 +98,27 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
     plain = os.stat(__file__)
     os.mkfifo(tmp_path / "it")
     monkeypatch.setattr(os, "stat", lambda *args, **options: plain)
+    before = os.listdir("/proc/self/fd")
     refused(lambda: read_header(tmp_path / "it"), tmp_path, "a pipe")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_limit_of_tensors_is_that_of_the_whole_folder():
+    folder = checkpoints.GOLDEN / checkpoints.RELEASED
+    total = len(checkpoints.read_folder(folder))
+    assert len(SafetensorsFolder(folder, Limits(tensors=total)).tensors) == total
+    refused(lambda: SafetensorsFolder(folder, Limits(tensors=total - 1)), folder, "more than")
+
+
+def test_tensors_that_the_index_does_not_name_count_too(tmp_path):
+    folder = checkpoints.copy_golden(checkpoints.RELEASED, tmp_path / "it")
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    one_each = {file: name for name, file in index.items()}
+    mapped = {name: file for file, name in one_each.items()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": mapped}))
+    assert len(SafetensorsFolder(folder, Limits(tensors=len(index))).tensors) == len(index)
+    few = Limits(tensors=len(index) - 1)
+    refused(lambda: SafetensorsFolder(folder, few), folder, f"more than {len(index) - 1} tensors")
 
 
 def test_what_looks_odd_and_is_allowed(tmp_path):
