@@ -42,7 +42,11 @@ class Verified:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 (hexadecimal) of a file."""
+    """Size in bytes and SHA-256 (hexadecimal) of a file.
+
+    Of a file with several tensors it is that of the digests of its header and of each tensor
+    (`joined`): every byte is hashed once, and the tensors' own digests come with it.
+    """
 
     size: int
     sha256: str
@@ -154,7 +158,7 @@ def verify(folder: Path, *, under: str = "", share: tuple[int, int] = (0, 1)) ->
         link, with the tensors in it that differ, or the manifest itself.
     """
     manifest = check_files(folder)
-    entries = manifest.files
+    entries, parts = manifest.files, _parts(manifest)
     names = [name for name in sorted(entries) if name.startswith(under)]
     chosen = {name: entries[name] for name in names[share[0] :: share[1]]}
 
@@ -162,8 +166,10 @@ def verify(folder: Path, *, under: str = "", share: tuple[int, int] = (0, 1)) ->
         name, entry = item
         path = folder / name
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if name in parts:
+                digest = joined(_digest(path, begin, end) for begin, end in parts[name])
+            else:
+                digest = _digest(path, 0, entry.size)
         except OSError as error:
             raise DamagedCheckpoint(f"{_shown(path)}: cannot be read ({error.strerror})") from None
         if digest != entry.sha256:
@@ -271,6 +277,21 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
     }
     step = fields.get("step")
     return Manifest(files, None if step is None else int(step), tensors, fields.get("about", {}))
+
+
+def joined(digests: Iterable[str]) -> str:
+    """SHA-256 of digests, hexadecimal, one after the other."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _parts(manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
+    """Of the files with several tensors, or a header, the bytes of the header and of each."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for entry in manifest.tensors.values():
+        for file, begin, end in entry.chunks:
+            if (begin, end) != (0, manifest.files[file].size):
+                parts.setdefault(file, []).append((begin, end))
+    return {file: [(0, min(found)[0]), *sorted(found)] for file, found in parts.items()}
 
 
 def _damaged_tensors(folder: Path, name: str, manifest: Manifest) -> str:

@@ -53,7 +53,7 @@ class Convert:
     mesh: str = ""
     """axis=n,...: cut Orbax chunks so that each device of such a mesh reads its own."""
     workers: int | None = None
-    """Threads; by default one a core, at most 4."""
+    """Threads; by default two a core, at most 4."""
     verify: Literal["full", "sample", "none"] = "sample"
     """Compare the output with SRC: all of it, about 1 %, or nothing."""
     allow_missing: tuple[str, ...] = ()

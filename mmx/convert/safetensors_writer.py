@@ -26,14 +26,19 @@ from mmx.convert.safetensors_file import (
     Limits,
     valid_name,
 )
+from mmx.integrity import joined
 
 _ALIGNMENT = 8  # of the data in the file
-_IN_THREADS = 1 << 20  # bytes from which on a piece is worth two more threads
+_IN_THREADS = 1 << 20  # bytes from which on a piece is worth another thread
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A finished file: bytes, SHA-256 of the file, and of each tensor's bytes by name."""
+    """A finished file: bytes, SHA-256, and that of each tensor's bytes by name.
+
+    The first is of the digests of the header and of all tensors in their order, in hexadecimal, so
+    that every byte is hashed once.
+    """
 
     size: int
     sha256: str
@@ -82,7 +87,7 @@ class ShardWriter:
         self._current = 0  # the tensor that the next byte belongs to
         self._names = list(self._tensors)
         self._digests = {name: hashlib.sha256() for name in self._names}
-        self._digest = hashlib.sha256(header)
+        self._header = hashlib.sha256(header).hexdigest()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         self._handle = os.open(path, flags, 0o644)
         self._pool: ThreadPoolExecutor | None = None
@@ -143,7 +148,8 @@ class ShardWriter:
         finally:
             self.abandon()
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
-        return WrittenShard(self._size, self._digest.hexdigest(), digests)
+        whole = joined([self._header, *digests.values()])
+        return WrittenShard(self._size, whole, digests)
 
     def abandon(self) -> None:
         """Let go of the file, finished or not; what is there of it stays."""
@@ -172,20 +178,15 @@ class ShardWriter:
     def _append(self, name: str, piece: memoryview) -> None:
         if len(piece) < _IN_THREADS:
             self._digests[name].update(piece)
-            self._digest.update(piece)
             self._put(piece)
         else:
             # hashlib and write both let go of the interpreter.
-            self._pool = self._pool or ThreadPoolExecutor(2)
-            hashing = [
-                self._pool.submit(digest.update, piece)
-                for digest in (self._digests[name], self._digest)
-            ]
+            self._pool = self._pool or ThreadPoolExecutor(1)
+            hashing = self._pool.submit(self._digests[name].update, piece)
             try:
                 self._put(piece)
             finally:
-                for future in hashing:
-                    future.result()
+                hashing.result()
         self._done += len(piece)
 
     def _put(self, piece: memoryview) -> None:
