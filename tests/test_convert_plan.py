@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -126,3 +127,22 @@ def test_a_dry_run_writes_nothing_and_names_everything(tmp_path, capsys):
         total = sum(array.nbytes for array in checkpoints.read_folder(source).values())
         assert f"{total:,} bytes (hf-released)" in out
     assert sorted(os.walk(tmp_path)) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["orbax", "hf-released"])
+def test_memory_stays_below_what_was_asked(to, tmp_path):
+    """1.1 GB, an embedding of 268 MB among it, within 640 MiB, of which half is the program."""
+    fields = checkpoints.released_fields(
+        vocab_size=1 << 16, hidden_size=2048, num_attention_heads=16, head_dim=128,
+        num_local_experts=8, intermediate_size=2048, num_hidden_layers=2, attn_type_list=[0, 1],
+    )  # fmt: skip
+    total = released_folder(tmp_path / "it", fields, as_released)
+    assert total > 1e9
+    options = ["--to", to, "--max-ram", "640MiB", "--verify", "sample", "--workers", "4"]
+    try:
+        _, _, peak = measured("convert", tmp_path / "it", tmp_path / "out", *options)
+    finally:
+        for folder in tmp_path.glob("out*"):
+            shutil.rmtree(folder)  # pytest keeps temporary folders for a while
+    assert peak < 640 * 2**20
