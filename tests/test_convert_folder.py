@@ -272,5 +272,7 @@ def test_an_orbax_folder_that_is_not_whole_is_no_source(tmp_path, capsys):
     with pytest.raises(ValueError, match=re.escape(chunk.name)):
         mmx.load(orbax)
     chunk.write_bytes(content)
+    (orbax / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refused(capsys, orbax, tmp_path / "back", "--to", "hf")
     (orbax / integrity.MANIFEST).unlink()
     assert integrity.MANIFEST in refused(capsys, orbax, tmp_path / "back", "--to", "hf")

@@ -14,8 +14,6 @@ from test_load import assert_same
 
 from mmx.cli import main
 
-# ---------------------------------------------------------------- the plan
-
 
 def released_folder(folder, fields, dtype_of):
     """Headers of a checkpoint whose data is a hole in the file: as many shards as published."""

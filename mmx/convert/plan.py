@@ -28,7 +28,7 @@ from mmx.convert.documents import (
 from mmx.convert.mapping import Entry, Layout
 from mmx.convert.safetensors_file import DTYPE_NAMES
 from mmx.convert.safetensors_writer import aligned_order
-from mmx.convert.source import CARRIED, PARAMS, PIECE, Source, Stored
+from mmx.convert.source import CARRIED, PARAMS, PIECE, Source, Stored, piece_bytes
 from mmx.model import param_specs
 from mmx.nn.layers import ParamSpec
 
@@ -267,8 +267,8 @@ def _chunk(
     stacked = len(entry.index)
     try:
         return choose_chunk(
-            spec.shape, itemsize, stacked=stacked, max_bytes=PIECE, divide=divide,
-            cut=stacked + entry.cut,
+            spec.shape, itemsize, stacked=stacked, max_bytes=piece_bytes(entry, itemsize),
+            divide=divide, cut=stacked + entry.cut,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"--mesh: {path}: {error}") from None

@@ -58,6 +58,12 @@ def row_ranges(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
         yield slice(begin, min(begin + rows, shape[0]))
 
 
+def piece_bytes(entry: Entry, itemsize: int) -> int:
+    """`PIECE`, or more where one step along the axis that is cut has more bytes."""
+    step = math.prod(entry.shape) // max(entry.shape[entry.cut], 1) if entry.shape else 1
+    return max(PIECE, step * itemsize)
+
+
 def rows_at_once(entry: Entry, itemsize: int) -> int:
     """Rows of an entry's matrix that are at most `PIECE` bytes: as our Orbax chunks are cut.
 
@@ -65,7 +71,8 @@ def rows_at_once(entry: Entry, itemsize: int) -> int:
       entry: of any layout.
       itemsize: bytes of a stored item.
     """
-    chunk = choose_chunk(entry.shape, itemsize, stacked=0, max_bytes=PIECE, cut=entry.cut)
+    most = piece_bytes(entry, itemsize)
+    chunk = choose_chunk(entry.shape, itemsize, stacked=0, max_bytes=most, cut=entry.cut)
     return chunk[entry.cut] * entry.row_unit
 
 
