@@ -22,9 +22,10 @@ from mmx import config as configuration
 from mmx.config import ModelConfig
 from mmx.inference.cache import Cache
 from mmx.nn import layers
-from mmx.nn.block import KEPT, Execution, LayerStats, Memory, Superblock
+from mmx.nn.block import KEPT, Execution, LayerStats, Superblock
 from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
-from mmx.nn.sequence import describe
+from mmx.nn.memory import Memory, Slots
+from mmx.nn.sequence import Sequence, describe
 from pallas_kernels.dispatch import concrete
 
 Params = dict[str, Any]
@@ -220,21 +221,42 @@ def backbone(
     """
     if remat not in ("none", "superblock", "layer"):
         raise ValueError(f"remat is {remat!r}; it must be 'none', 'superblock' or 'layer'")
-    modules = _modules(config)
     execution = Execution(
         return_hidden, remat == "layer", implementation, capacity_factor, statistics
     )
     batch, length = tokens.shape
     sequence, advanced = describe((batch, length), mask, segment_ids, cache)
-    memory = None
+    slots = None
     if cache is not None and advanced is not None:
-        memory = Memory(
-            cache.lightning_states,
-            cache.keys,
-            cache.values,
-            advanced.slot_segments,
-            cache.num_slots,
-        )
+        arrays = cache.lightning_states, cache.keys, cache.values
+        slots = Slots(*arrays, advanced.slot_segments, cache.num_slots)
+    x, slots, hidden, stats = trunk(
+        params, tokens, config, sequence, slots, execution, remat_superblocks=remat == "superblock"
+    )
+    if slots is not None and advanced is not None:
+        # Under jit nothing can be raised; slots past the end must not become a plausible result.
+        x = jnp.where(advanced.num_slots > advanced.max_slots, jnp.nan, x)
+        written = {name: getattr(slots, name) for name in ("lightning_states", "keys", "values")}
+        advanced = Cache(**{**vars(advanced), **written})
+    return x, advanced, hidden, stats
+
+
+def trunk[M: Memory](
+    params: Params,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    sequence: Sequence,
+    memory: M | None,
+    execution: Execution,
+    *,
+    remat_superblocks: bool = False,
+) -> tuple[Float[Array, "B T D"], M | None, Float[Array, "layers B T D"] | None, LayerStats]:
+    """Embedding, superblocks and final norm of tokens that are described already.
+
+    Returns:
+      Activations, the memory after these tokens, with `keep_hidden` the hidden states, statistics.
+    """
+    modules = _modules(config)
     with jax.named_scope("embed"):
         embedded = layers.bind(modules.embed, params["embed"])(tokens)
 
@@ -245,7 +267,7 @@ def backbone(
         x, memory, stats, hidden = block(x, sequence, slopes, memory, index, execution)
         return (x, memory), (stats, hidden)
 
-    if remat == "superblock":
+    if remat_superblocks:
         superblock = jax.checkpoint(superblock, prevent_cse=False, policy=KEPT)
     repeats = config.num_superblocks
     slopes = jnp.asarray(configuration.decay_slopes(config)).reshape(repeats, -1, config.num_heads)
@@ -253,21 +275,10 @@ def backbone(
     (x, memory), outputs = jax.lax.scan(superblock, (embedded, memory), scanned)
     # [superblocks, layers in one, ...] -> [layers, ...]
     stats, inner = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-
     x = layers.bind(modules.final_norm, params["final_norm"])(x)
-    if memory is not None and advanced is not None and cache is not None:
-        # Under jit nothing can be raised; slots past the end must not become a plausible result.
-        x = jnp.where(advanced.num_slots > cache.max_slots, jnp.nan, x)
-        advanced = Cache(
-            **{
-                **vars(advanced),
-                "lightning_states": memory.lightning_states,
-                "keys": memory.keys,
-                "values": memory.values,
-            }
-        )
-    hidden = jnp.concatenate([embedded[None], inner[:-1], x[None]]) if return_hidden else None
-    return x, advanced, hidden, cast(LayerStats, stats)
+    keep = execution.keep_hidden
+    hidden = jnp.concatenate([embedded[None], inner[:-1], x[None]]) if keep else None
+    return x, memory, hidden, cast(LayerStats, stats)
 
 
 def check_tokens(

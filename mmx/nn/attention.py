@@ -1,29 +1,16 @@
 """Softmax attention as a layer: grouped-query, RoPE on the leading channels of each head."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mmx.config import ModelConfig
 from mmx.nn import functional
 from mmx.nn.layers import declare
+from mmx.nn.memory import KeyValues
 from mmx.nn.sequence import Sequence
 from pallas_kernels import softmax_attention
-
-
-class KeyValueSlots(NamedTuple):
-    """The keys and values of all softmax layers, and where this layer writes among them.
-
-    `keys` and `values` are the arrays of `Cache`; passing them whole lets XLA update them in place.
-    """
-
-    keys: Float[Array, "Ls B S G K"]
-    values: Float[Array, "Ls B S G K"]
-    slot_segments: Int[Array, "B S"]
-    layer: Int[Array, ""]
-    first_slot: Int[Array, ""]
 
 
 class SoftmaxAttention(nnx.Module):
@@ -53,11 +40,11 @@ class SoftmaxAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         sequence: Sequence,
-        slots: KeyValueSlots | None,
+        memory: KeyValues | None,
         *,
         implementation: str | None,
-    ) -> tuple[Float[Array, "B T D"], KeyValueSlots | None]:
-        """Return the layer's output and, with a cache, the slots with the new tokens in them."""
+    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """Return the layer's output and, with a memory, that with the new tokens in it."""
         q, k = (
             functional.rotary_embedding(
                 functional.project("btd,dhk->bthk", x, kernel),
@@ -69,24 +56,10 @@ class SoftmaxAttention(nnx.Module):
         )
         v = functional.project("btd,dhk->bthk", x, self.v_proj[...])
         out: Any  # an array: no log-sum-exp is asked for
-        if slots is None:
+        if memory is None:
             out = softmax_attention(
                 q, k, v, segment_ids=sequence.kernel_segment_ids, implementation=implementation
             )
         else:
-            at = (slots.layer, 0, slots.first_slot, 0, 0)
-            keys = jax.lax.dynamic_update_slice(slots.keys, k[None].astype(slots.keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(
-                slots.values, v[None].astype(slots.values.dtype), at
-            )
-            slots = slots._replace(keys=keys, values=values)
-            out = softmax_attention(
-                q,
-                jax.lax.dynamic_index_in_dim(keys, slots.layer, keepdims=False).astype(q.dtype),
-                jax.lax.dynamic_index_in_dim(values, slots.layer, keepdims=False).astype(q.dtype),
-                segment_ids=sequence.segment_ids,
-                kv_segment_ids=slots.slot_segments,
-                q_offset=slots.first_slot,
-                implementation=implementation,
-            )
-        return functional.project("bthk,hkd->btd", out, self.out_proj[...]), slots
+            out, memory = memory.attend(q, k, v, sequence, implementation=implementation)
+        return functional.project("bthk,hkd->btd", out, self.out_proj[...]), memory

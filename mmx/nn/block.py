@@ -9,9 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmx.config import LayerKind, ModelConfig
-from mmx.nn.attention import KeyValueSlots, SoftmaxAttention
+from mmx.nn.attention import SoftmaxAttention
 from mmx.nn.layers import RMSNorm
 from mmx.nn.lightning import LightningAttention
+from mmx.nn.memory import Memory
 from mmx.nn.moe import MoE, RouterStats
 from mmx.nn.sequence import Sequence
 from pallas_kernels.softmax_attention.reference import RESIDUALS
@@ -19,18 +20,6 @@ from pallas_kernels.softmax_attention.reference import RESIDUALS
 # Kept where layers are recomputed: at a million tokens softmax attention is most of the time, and
 # its output no more memory than a layer's input.
 KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Memory:
-    """The arrays of a cache that layers write, carried through the scan so XLA can reuse them."""
-
-    lightning_states: Float[Array, "Ll B H K V"]
-    keys: Float[Array, "Ls B S G K"]
-    values: Float[Array, "Ls B S G K"]
-    slot_segments: Int[Array, "B S"]
-    first_slot: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -142,27 +131,25 @@ class Superblock(nnx.Module):
         for i, kind in enumerate(self.kinds):
             setattr(self, f"layer_{i}", Layer(config, kind))
 
-    def __call__(
+    def __call__[M: Memory](
         self,
         x: Float[Array, "B T D"],
         sequence: Sequence,
         decay_slopes: Float[Array, "layers H"],
-        memory: Memory | None,
+        memory: M | None,
         index: Int[Array, ""],
         execution: Execution,
     ) -> tuple[
         Float[Array, "B T D"],
-        Memory | None,
+        M | None,
         LayerStats,
         Float[Array, "layers B T D"] | None,
     ]:
         """Run superblock number `index` of the stack; see `Layer`."""
         stats, hidden = [], []
-        seen = {"lightning": 0, "softmax": 0}
         for i, kind in enumerate(self.kinds):
             layer = getattr(self, f"layer_{i}")
-            place = index * self.kinds.count(kind) + seen[kind]
-            seen[kind] += 1
+            place = index * self.kinds.count(kind) + self.kinds[:i].count(kind)
 
             definition, params = nnx.split(layer)
 
@@ -176,8 +163,10 @@ class Superblock(nnx.Module):
                 run = jax.checkpoint(run, policy=KEPT)
                 x, params = _gradients_at_once(x, params)
             with jax.named_scope(f"layer_{i}"):
-                x, layer_memory, layer_stats = run(x, params, _read(memory, kind, place))
-            memory = _write(memory, kind, place, layer_memory)
+                seen = None if memory is None else memory.read(kind, place)
+                x, seen, layer_stats = run(x, params, seen)
+            if memory is not None:
+                memory = memory.write(kind, place, seen)
             stats.append(layer_stats)
             hidden.append(x)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
@@ -198,23 +187,3 @@ _gradients_at_once.defvjp(
     lambda x, params: ((x, params), None),
     lambda _, gradients: jax.lax.optimization_barrier(gradients),
 )
-
-
-def _read(memory: Memory | None, kind: LayerKind, place: Int[Array, ""]) -> Any:
-    if memory is None:
-        return None
-    if kind == "lightning":
-        return jax.lax.dynamic_index_in_dim(memory.lightning_states, place, keepdims=False)
-    return KeyValueSlots(memory.keys, memory.values, memory.slot_segments, place, memory.first_slot)
-
-
-def _write(memory: Memory | None, kind: LayerKind, place: Int[Array, ""], new: Any):
-    if memory is None:
-        return None
-    changed: dict[str, Any]
-    if kind == "lightning":
-        states = jax.lax.dynamic_update_index_in_dim(memory.lightning_states, new, place, 0)
-        changed = {"lightning_states": states}
-    else:
-        changed = {"keys": new.keys, "values": new.values}
-    return Memory(**{**vars(memory), **changed})

@@ -1,0 +1,100 @@
+"""The two programs of an engine: a chunk of one prompt, and some steps of all running rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmx.config import ModelConfig
+from mmx.inference.pool import Pool
+from mmx.inference.rows import Chosen, Rows, choose
+from mmx.model import Params, trunk, unembed
+from mmx.nn.block import Execution
+from mmx.nn.memory import Pages
+from mmx.nn.sequence import Sequence
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames=("pool",))
+def prefill(
+    params: Params,
+    pool: Pool,
+    tokens: Int[Array, "C"],
+    count: Int[Array, ""],
+    row: Int[Array, ""],
+    page_row: Int[Array, "N"],
+    start: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    implementation: str | None = None,
+) -> tuple[Pool, Float[Array, "vocab"]]:
+    """Read the next tokens of a prompt into a row; one program a length C.
+
+    Args:
+      tokens: the first `count` are text, the rest padding, which leaves no trace.
+      row: whose state is carried on; at `start` 0 it begins at zero, whatever was there.
+      page_row: the row's pages.
+      start: tokens of the prompt that were read before.
+
+    Returns:
+      The pool, and the logits after the last token.
+    """
+    index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    sequence = Sequence(
+        segment_ids=(index < count).astype(jnp.int32)[None],
+        positions=(start + index)[None],
+        continues=(start > 0)[None],
+        packed=True,
+    )
+    state = jax.lax.dynamic_slice_in_dim(pool.lightning_states, row, 1, axis=1)
+    memory = Pages(state, pool.key_pages, pool.value_pages, page_row[None])
+    x, memory, _, _ = trunk(
+        params, tokens[None], config, sequence, memory, Execution(implementation=implementation)
+    )
+    assert memory is not None
+    last = jax.lax.dynamic_slice_in_dim(x, count - 1, 1, axis=1)
+    states = jax.lax.dynamic_update_slice_in_dim(
+        pool.lightning_states, memory.lightning_states, row, axis=1
+    )
+    pool = Pool(states, memory.key_pages, memory.value_pages)
+    return pool, unembed(params, last, config)[0, 0]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "steps", "implementation"),
+    donate_argnames=("pool", "rows"),
+)
+def decode(
+    params: Params,
+    pool: Pool,
+    rows: Rows,
+    *,
+    config: ModelConfig,
+    steps: int,
+    implementation: str | None = None,
+) -> tuple[Pool, Rows, Chosen]:
+    """Read each running row's last token and choose its next one, several times.
+
+    Rows that do not run keep every bit of their memory, and whatever that holds reaches no other.
+    """
+    execution = Execution(implementation=implementation)
+
+    def step(carry: tuple[Pool, Rows], _) -> tuple[tuple[Pool, Rows], Chosen]:
+        pool, rows = carry
+        sequence = Sequence(
+            segment_ids=rows.active.astype(jnp.int32)[:, None],
+            positions=rows.positions[:, None],
+            continues=jnp.ones_like(rows.active),
+            packed=True,
+        )
+        memory = Pages(pool.lightning_states, pool.key_pages, pool.value_pages, rows.page_table)
+        tokens = jnp.where(rows.active, rows.tokens, 0)[:, None]
+        x, memory, _, _ = trunk(params, tokens, config, sequence, memory, execution)
+        assert memory is not None
+        logits = unembed(params, x, config)[:, 0]
+        rows, chosen = choose(rows, logits)
+        return (Pool(memory.lightning_states, memory.key_pages, memory.value_pages), rows), chosen
+
+    (pool, rows), chosen = jax.lax.scan(step, (pool, rows), length=steps)
+    return pool, rows, chosen

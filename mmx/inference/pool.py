@@ -1,0 +1,104 @@
+"""The memory of an engine: lightning states by row, keys and values in pages that rows take.
+
+A row is a place in the batch of the decode program. Its lightning state lies at its number, fp32
+and of one size whatever the length; its keys and values are in pages of `page_size` tokens, so a
+sequence grows without a copy and without another program.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmx.config import ModelConfig
+from mmx.inference.cache import kv_bytes_per_token, state_bytes
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pool:
+    """The arrays; which row has which pages is the engine's to know.
+
+    Attributes:
+      lightning_states: of the lightning layers in order, R rows.
+      key_pages, value_pages: of the softmax layers in order, P pages of S tokens.
+    """
+
+    lightning_states: Float[Array, "Ll R H K V"]
+    key_pages: Float[Array, "Ls P S G K"]
+    value_pages: Float[Array, "Ls P S G K"]
+
+    @property
+    def page_size(self) -> int:
+        return self.key_pages.shape[2]
+
+    @property
+    def num_pages(self) -> int:
+        return self.key_pages.shape[1]
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Rows, pages of `page_size` tokens, and the dtype of keys and values."""
+
+    rows: int
+    pages: int
+    page_size: int
+    dtype: jnp.dtype
+
+
+def init_pool(config: ModelConfig, shape: PoolShape) -> Pool:
+    """An empty pool."""
+    lightning = config.layer_kinds.count("lightning")
+    heads, dim = config.num_heads, config.head_dim
+    softmax = config.num_layers - lightning
+    kv_shape = (softmax, shape.pages, shape.page_size, config.num_kv_heads, dim)
+    return Pool(
+        lightning_states=jnp.zeros((lightning, shape.rows, heads, dim, dim), jnp.float32),
+        key_pages=jnp.zeros(kv_shape, shape.dtype),
+        value_pages=jnp.zeros(kv_shape, shape.dtype),
+    )
+
+
+def pool_bytes(config: ModelConfig, shape: PoolShape) -> int:
+    """Bytes of such a pool."""
+    a_token = kv_bytes_per_token(config, jnp.dtype(shape.dtype).itemsize)
+    return shape.rows * state_bytes(config) + shape.pages * shape.page_size * a_token
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowMemory:
+    """What a pool holds for one row, taken out: a preempted sequence, or a prefix to begin with.
+
+    Attributes:
+      lightning_state: of the lightning layers in order.
+      keys, values: n pages of each softmax layer, in the order of the tokens.
+    """
+
+    lightning_state: Float[Array, "Ll H K V"]
+    keys: Float[Array, "Ls n S G K"]
+    values: Float[Array, "Ls n S G K"]
+
+
+def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
+    """A copy, on the host, of the state of a row and of these pages."""
+    index = jnp.asarray(pages, jnp.int32)
+    parts = (
+        pool.lightning_states[:, row],
+        jnp.take(pool.key_pages, index, axis=1),
+        jnp.take(pool.value_pages, index, axis=1),
+    )
+    return RowMemory(*jax.device_get(parts))
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def put_back(pool: Pool, memory: RowMemory, row, pages) -> Pool:
+    """The pool with that memory in a row and in as many pages, bit for bit."""
+    return Pool(
+        lightning_states=pool.lightning_states.at[:, row].set(memory.lightning_state),
+        key_pages=pool.key_pages.at[:, pages].set(memory.keys, mode="drop"),
+        value_pages=pool.value_pages.at[:, pages].set(memory.values, mode="drop"),
+    )

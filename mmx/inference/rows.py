@@ -1,0 +1,146 @@
+"""The batch of the decode program as arrays: what runs in each row, and how it chooses."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mmx.config import ModelConfig
+from mmx.inference.requests import Sampling
+from mmx.inference.sampling import SamplingRows, sample_rows, sampling_rows
+
+MAX_STOP_IDS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The batch of the decode program: R places for sequences.
+
+    Attributes:
+      tokens: the last token of each sequence, which the next step reads.
+      positions: where it stands.
+      active: whether there is a sequence that goes on.
+      generated: tokens chosen so far.
+      limits: of `generated`.
+      stop_ids: tokens that end the sequence; -1 where there is none.
+      page_table: the pages of each row in order; past its length any number.
+      sampling: how to choose.
+      seen: which tokens the sequence holds, prompt included.
+    """
+
+    tokens: Int[Array, "R"]
+    positions: Int[Array, "R"]
+    active: Bool[Array, "R"]
+    generated: Int[Array, "R"]
+    limits: Int[Array, "R"]
+    stop_ids: Int[Array, "R 16"]
+    page_table: Int[Array, "R N"]
+    sampling: SamplingRows
+    seen: Bool[Array, "R vocab"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chosen:
+    """What decoding has chosen.
+
+    Attributes:
+      tokens: of each step and row.
+      logprobs: of these tokens, before temperature and filters.
+      valid: where a sequence was running.
+      running: whether it goes on after that.
+    """
+
+    tokens: Int[Array, "steps R"]
+    logprobs: Float[Array, "steps R"]
+    valid: Bool[Array, "steps R"]
+    running: Bool[Array, "steps R"]
+
+
+def choose(rows: Rows, logits: Float[Array, "R vocab"]) -> tuple[Rows, Chosen]:
+    """The next token of each running row, and the rows after it."""
+    tokens, logprobs = sample_rows(logits, rows.sampling, rows.seen, rows.generated)
+    was = rows.active
+    generated = rows.generated + was
+    stopped = jnp.any(tokens[:, None] == rows.stop_ids, axis=1) | (generated >= rows.limits)
+    place = jnp.where(was, tokens, rows.seen.shape[1])
+    chosen = Chosen(tokens, logprobs, was, was & ~stopped)
+    after = Rows(
+        tokens=jnp.where(was, tokens, rows.tokens),
+        positions=rows.positions + was,
+        active=chosen.running,
+        generated=generated,
+        limits=rows.limits,
+        stop_ids=rows.stop_ids,
+        page_table=rows.page_table,
+        sampling=rows.sampling,
+        seen=rows.seen.at[jnp.arange(place.size), place].set(True, mode="drop"),
+    )
+    return after, chosen
+
+
+def empty_rows(config: ModelConfig, rows: int, row_pages: int) -> Rows:
+    """A batch in which nothing runs."""
+    return Rows(
+        tokens=jnp.zeros(rows, jnp.int32),
+        positions=jnp.zeros(rows, jnp.int32),
+        active=jnp.zeros(rows, bool),
+        generated=jnp.zeros(rows, jnp.int32),
+        limits=jnp.zeros(rows, jnp.int32),
+        stop_ids=jnp.full((rows, MAX_STOP_IDS), -1, jnp.int32),
+        page_table=jnp.zeros((rows, row_pages), jnp.int32),
+        sampling=jax.tree.map(jnp.asarray, sampling_rows([None] * rows)),
+        seen=jnp.zeros((rows, config.vocab_size), bool),
+    )
+
+
+def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pages: int) -> Rows:
+    """A batch of one row: a request whose prompt was read and that has chosen nothing."""
+    stops = np.full((1, MAX_STOP_IDS), -1, np.int32)
+    ends = sampling.end_ids(config)
+    stops[0, : len(ends)] = ends
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, prompt] = True
+    return jax.tree.map(
+        jnp.asarray,
+        Rows(
+            tokens=prompt[-1:],  # pyright: ignore[reportArgumentType]
+            positions=jnp.array([prompt.size - 1], jnp.int32),
+            active=jnp.ones(1, bool),
+            generated=jnp.zeros(1, jnp.int32),
+            limits=jnp.array([sampling.max_new_tokens], jnp.int32),
+            stop_ids=jnp.asarray(stops),
+            page_table=jnp.zeros((1, row_pages), jnp.int32),
+            sampling=sampling_rows([sampling]),
+            seen=jnp.asarray(seen),
+        ),
+    )
+
+
+@jax.jit
+def choose_first(row: Rows, logits: Float[Array, "vocab"]) -> tuple[Rows, Chosen]:
+    """`choose` for one row, taken off its batch."""
+    after, chosen = choose(row, logits[None])
+    return jax.tree.map(lambda x: x[0], after), chosen
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def set_row(rows: Rows, number: int, row: Rows) -> Rows:
+    """The batch with a row, without a batch axis, at this number."""
+    return jax.tree.map(lambda batch, one: batch.at[number].set(one), rows, row)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def set_pages(rows: Rows, number: int, page_row: np.ndarray) -> Rows:
+    """The batch with other pages for one row."""
+    return Rows(**{**vars(rows), "page_table": rows.page_table.at[number].set(page_row)})
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def deactivate(rows: Rows, number: int) -> Rows:
+    """The batch with one row that does not run."""
+    return Rows(**{**vars(rows), "active": rows.active.at[number].set(False)})

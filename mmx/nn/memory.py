@@ -1,0 +1,169 @@
+"""What the layers of one forward pass remember: carried through the scan, read and written by each.
+
+Two kinds with one interface. `Slots` is the memory of a batch whose rows write the same slots
+(`mmx.Cache`); `Pages` that of an engine, whose rows keep their keys and values in pages of a pool.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmx.config import LayerKind
+from mmx.nn.sequence import Sequence
+from pallas_kernels import paged_attention, softmax_attention
+
+
+class Memory(Protocol):
+    """Of all layers of a model."""
+
+    def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
+        """What layer number `place` of this kind sees: a state [B, H, K, V], or `KeyValues`."""
+        ...
+
+    def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> Self:
+        """The memory with what that layer has made of it."""
+        ...
+
+
+class KeyValues(Protocol):
+    """Of one softmax layer."""
+
+    def attend(
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B T G K"],
+        v: Float[Array, "B T G K"],
+        sequence: Sequence,
+        *,
+        implementation: str | None,
+    ) -> tuple[Float[Array, "B T H K"], Self]:
+        """Remember new keys and values, and attend to all that the queries may see."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """The arrays of a `Cache` that layers write.
+
+    Attributes:
+      lightning_states: of the lightning layers in order.
+      keys, values: of the softmax layers in order.
+      slot_segments: segment id of the token in each slot, the new ones included.
+      first_slot: where the new tokens go.
+    """
+
+    lightning_states: Float[Array, "Ll B H K V"]
+    keys: Float[Array, "Ls B S G K"]
+    values: Float[Array, "Ls B S G K"]
+    slot_segments: Int[Array, "B S"]
+    first_slot: Int[Array, ""]
+
+    def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
+        if kind == "lightning":
+            return jax.lax.dynamic_index_in_dim(self.lightning_states, place, keepdims=False)
+        return _LayerSlots(self, place)
+
+    def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> "Slots":
+        if kind == "lightning":
+            states = jax.lax.dynamic_update_index_in_dim(self.lightning_states, new, place, 0)
+            return Slots(**{**vars(self), "lightning_states": states})
+        return new.memory
+
+
+@dataclass(frozen=True)
+class _LayerSlots:
+    """The keys and values of one layer, among those of all so that XLA can update them in place."""
+
+    memory: Slots
+    layer: Int[Array, ""]
+
+    def attend(self, q, k, v, sequence: Sequence, *, implementation: str | None):
+        memory = self.memory
+        at = (self.layer, 0, memory.first_slot, 0, 0)
+        keys, values = (
+            jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+            for old, new in ((memory.keys, k), (memory.values, v))
+        )
+        ours = (
+            jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False).astype(q.dtype)
+            for x in (keys, values)
+        )
+        out = softmax_attention(
+            q,
+            *ours,
+            segment_ids=sequence.segment_ids,
+            kv_segment_ids=memory.slot_segments,
+            q_offset=memory.first_slot,
+            implementation=implementation,
+        )
+        memory = Slots(**{**vars(memory), "keys": keys, "values": values})
+        return out, _LayerSlots(memory, self.layer)
+
+
+jax.tree_util.register_dataclass(_LayerSlots, ["memory", "layer"], [])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """The rows of a pool that one pass works on.
+
+    Attributes:
+      lightning_states: of the lightning layers in order.
+      key_pages, value_pages: of all softmax layers and rows; P pages of S tokens a layer.
+      page_table: which page holds the tokens n S .. n S + S - 1 of each row; what lies past a row's
+        length is any number.
+    """
+
+    lightning_states: Float[Array, "Ll B H K V"]
+    key_pages: Float[Array, "Ls P S G K"]
+    value_pages: Float[Array, "Ls P S G K"]
+    page_table: Int[Array, "B N"]
+
+    def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
+        if kind == "lightning":
+            return jax.lax.dynamic_index_in_dim(self.lightning_states, place, keepdims=False)
+        return _LayerPages(self, place)
+
+    def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> "Pages":
+        if kind == "lightning":
+            states = jax.lax.dynamic_update_index_in_dim(self.lightning_states, new, place, 0)
+            return Pages(**{**vars(self), "lightning_states": states})
+        return new.memory
+
+
+@dataclass(frozen=True)
+class _LayerPages:
+    """The keys and values of one layer, as pages among those of all."""
+
+    memory: Pages
+    layer: Int[Array, ""]
+
+    def attend(self, q, k, v, sequence: Sequence, *, implementation: str | None):
+        memory = self.memory
+        layers, pages, size = memory.key_pages.shape[:3]
+        positions = jnp.where(sequence.real, sequence.positions, -1)
+        of_token = jnp.take_along_axis(
+            memory.page_table, jnp.maximum(positions, 0) // size, axis=1, mode="clip"
+        )
+        # Padding goes to a page that does not exist.
+        page = jnp.where(positions >= 0, of_token + self.layer * pages, layers * pages)
+        slot = jnp.maximum(positions, 0) % size
+        keys, values = (
+            old.reshape(layers * pages, *old.shape[2:])
+            .at[page, slot]
+            .set(new.astype(old.dtype), mode="drop")
+            for old, new in ((memory.key_pages, k), (memory.value_pages, v))
+        )
+        table = memory.page_table + self.layer * pages
+        out = paged_attention(q, keys, values, table, positions, implementation=implementation)
+        keys, values = (x.reshape(memory.key_pages.shape) for x in (keys, values))
+        memory = Pages(**{**vars(memory), "key_pages": keys, "value_pages": values})
+        return out, _LayerPages(memory, self.layer)
+
+
+jax.tree_util.register_dataclass(_LayerPages, ["memory", "layer"], [])
