@@ -58,7 +58,7 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> int:
     fields = config.to_hf("minimax_text_01")
     (folder / "config.json").write_text(json.dumps(fields))
     shapes = {e.key: e.key_shape for e in mapping.entries(config, "separate")}
-    dtypes = {k: "F32" if k.endswith("gate.weight") else "BF16" for k in shapes}
+    dtypes = {k: "F32" if k.endswith("moe.gate.weight") else "BF16" for k in shapes}
     shards: list[list[str]] = [[]]
     room = SHARD
     for key, shape in shapes.items():
@@ -80,7 +80,7 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> int:
             high = 0x3F800000 if kind == np.uint32 else 0x3F80
             low = rng.integers(0, 1 << 7, items, kind)
             data = (low | kind(high)).astype(kind)
-            writer.write(data)
+            writer.write(data.view(np.uint8))
             total += data.nbytes
             weight_map[key] = name
         writer.close()
@@ -108,16 +108,26 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(write.fileno())
 
 
+# The peak of the process itself: what `wait` reports begins with that of whoever started it.
+RUN = """
+import re, sys
+from mmx.cli import main
+code = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s*([0-9]+) kB", open("/proc/self/status").read())[1])
+sys.exit(code)
+"""
+
+
 def timed(*arguments: str) -> tuple[float, float]:
     """Seconds and peak MB of a command of its own."""
     start = time.perf_counter()
-    run = "import sys; from mmx.cli import main; sys.exit(main())"
-    with subprocess.Popen([sys.executable, "-c", run, *arguments]) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"mmx {' '.join(arguments)}: ended with {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"mmx {' '.join(arguments)}: ended with {done.returncode}")
+    return seconds, int(done.stdout.split()[-1]) * 1024 / 1e6
 
 
 def measure(report: Report, folder: Path, size: float, max_ram: str, workers: str | None) -> None:
