@@ -3,6 +3,7 @@
 The names and shapes here are a second list on purpose: tests compare mmx's table with it.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -49,6 +50,13 @@ def split_file(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and data: 8 bytes of length, that many of JSON, then the tensors."""
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def shard_digest(content: bytes, digests: Mapping[str, str]) -> str:
+    """A file's digest in a manifest: of the digests of its header and of each tensor, in order."""
+    header = content[: len(content) - len(split_file(content)[1])]
+    joined = hashlib.sha256(header).hexdigest() + "".join(digests.values())
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def join_file(header: Mapping[str, Any], data: bytes) -> bytes:

@@ -112,7 +112,7 @@ def test_unknown_command(capsys):
     assert main(["serve"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    names = "info, generate, train, extend, verify, data, plot"
+    names = "info, generate, train, extend, convert, verify, inspect, data, plot"
     assert err == f"mmx: error: unknown command 'serve'; choose one of {names}\n"
 
 
