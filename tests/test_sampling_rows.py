@@ -62,7 +62,7 @@ OPTIONS = {
     "top_k of more than there are": dict(top_k=2**40),
     "top_p": dict(top_p=0.55),
     "top_p at a tie": dict(top_p=0.9),
-    "top_p of nearly nothing": dict(top_p=1e-30),
+    "top_p of nearly nothing": dict(top_p=1e-60),
     "top_p of nearly all": dict(top_p=0.9998),
     "min_p": dict(min_p=0.3),
     "min_p of 1": dict(min_p=1.0),
@@ -178,6 +178,14 @@ def test_noise_is_gumbels():
     assert distance < 1.95 / np.sqrt(count)  # Kolmogorov and Smirnov, one in a thousand
     # Of 24 random bits, thirty of the largest would be there twice.
     assert len(np.unique(noise[-1000:])) > 990
+
+
+def test_noise_is_finite_for_the_largest_and_smallest_bits(monkeypatch):
+    """A token that is left alone must not lose to those that were masked."""
+    for word, wanted in [(2**32 - 1, -np.log(24 * np.log(2))), (0, 33 * np.log(2))]:
+        monkeypatch.setattr(jax.random, "bits", lambda *_, word=word: np.full(3, word, np.uint32))
+        noise = sampling._gumbel(rows_of(Sampling()).keys, np.zeros(1, np.int32), 3)
+        np.testing.assert_allclose(noise[0], wanted, rtol=1e-5)
 
 
 def test_seeds_and_steps_draw_anew_and_repeat():

@@ -37,9 +37,15 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Generate, prog="mmx generate", args=arguments)
     if (options.prompt is None) == (options.tokens is None):
         raise ValueError("give either --prompt TEXT or --tokens 1,2,3")
-    tokenizer = None if options.prompt is None else _tokenizer(options.path)
-    if tokenizer is not None:
-        ids = tokenizer.encode(options.prompt).ids
+    from mmx.inference import text
+
+    tokenizer = None
+    if options.prompt is not None:
+        from mmx.convert.load import load_config
+
+        wanted = "no such file; give --tokens 1,2,3 instead of --prompt"
+        tokenizer = text.load_tokenizer(options.path, missing=wanted)
+        ids = text.encode(tokenizer, options.prompt, load_config(options.path))
     else:
         assert options.tokens is not None
         ids = _parse_ids(options.tokens)
@@ -66,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         stop_ids=() if config.eos_token_id is None else (config.eos_token_id,),
     )
     new = [int(token) for token in generated[0] if token != FINISHED]
-    print(",".join(map(str, new)) if tokenizer is None else tokenizer.decode(new))
+    print(",".join(map(str, new)) if tokenizer is None else text.decode(tokenizer, new))
     return 0
 
 
@@ -80,15 +86,3 @@ def _parse_ids(text: str) -> list[int]:
         if not -(2**63) <= i < 2**63:
             raise ValueError(f"--tokens contains {i}; it must be ids of the vocabulary")
     return ids
-
-
-def _tokenizer(folder: Path):
-    from tokenizers import Tokenizer
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; give --tokens 1,2,3 instead of --prompt")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
