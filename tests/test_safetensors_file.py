@@ -110,9 +110,8 @@ def test_pieces_of_any_size_give_the_same_file_and_digests(tmp_path, monkeypatch
         assert (tmp_path / "it").read_bytes() == content
         assert done.size == len(content)
         assert done.sha256 == shard_digest(content, done.tensors)
-        assert done.tensors == {
-            name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in tensors.items()
-        }
+        wanted = {n: hashlib.sha256(a.tobytes()).hexdigest() for n, a in tensors.items()}
+        assert done.tensors == wanted
 
 
 def test_large_pieces_and_views_that_are_not_contiguous(tmp_path):
@@ -123,8 +122,8 @@ def test_large_pieces_and_views_that_are_not_contiguous(tmp_path):
     with ShardWriter(file, described(tensors)) as writer:
         writer.write(tensors["a"][:100])
         writer.write(tensors["a"][100:])
-        writer.write(tensors["b"])
-        writer.write(tensors["c"])
+        for name in ("b", "c"):
+            writer.write(tensors[name])
         done = writer.close()
     assert done.sha256 == shard_digest(file.read_bytes(), done.tensors)
     header, _ = read_header(file)
