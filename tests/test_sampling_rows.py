@@ -248,6 +248,12 @@ def test_a_uniform_vocabulary_is_cut_exactly():
             assert mask[:count].all()
 
 
+def test_a_row_without_top_p_keeps_its_tail_beside_one_with():
+    logits = np.tile(np.float32([0.0, -40.0, -80.0, -1.0]), (2, 1))
+    masks = support(logits, [(1.0, 0, 1.0), (1.0, 0, 0.9999)])
+    np.testing.assert_array_equal(masks, [[1, 1, 1, 1], [1, 0, 0, 1]])
+
+
 def test_one_program_serves_every_mixture():
     traces = []
 

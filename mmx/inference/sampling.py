@@ -205,8 +205,7 @@ def _draw(adjusted: Array, rows: SamplingRows, drawing: Values, step: Array) -> 
 
     def nucleus() -> Array:
         scale = 2.0 ** (2 * _limb_bits(vocab))
-        weights = jnp.minimum(jnp.exp(scaled) * scale, scale - scale / 2**24).astype(jnp.uint32)
-        weights = jnp.where(keep, weights, 0)
+        weights = jnp.where(keep, (jnp.exp(scaled) * scale).astype(jnp.uint32), 0)
         target = jnp.maximum(rows.top_p * _total(weights), 1)  # at least the most likely token
         return keep & (_first(_descending(scaled), weights, target) | ~weighed[:, None])
 
@@ -245,7 +244,7 @@ def _first(order: Array, weights: Array, target: Array) -> Array:
 
     Args:
       order: uint32 [R, vocab].
-      weights: uint32 [R, vocab], each below 2^(2 `_limb_bits`).
+      weights: uint32 [R, vocab], each at most 2^(2 `_limb_bits`).
       target: fp32 [R], more than 0 and at most the sum of the weights.
     """
 

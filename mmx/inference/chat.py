@@ -1,0 +1,211 @@
+"""A conversation as one prompt: the chat template of a checkpoint folder, or MiniMax-01's own.
+
+A template is a program of somebody else. It runs in jinja2's sandbox in a process of its own
+(`chat_worker`), which is ended when it takes too long or too much.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmx.convert.bounded import printable, read_text
+from mmx.convert.checkpoint import plain_file, read_json
+from mmx.data.tokenizer import BEGIN, END
+
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+MAX_TEMPLATE = 1 << 20  # bytes
+MAX_MESSAGES = 10_000
+MAX_TEXT = 16 << 20  # characters of all messages, and of what is rendered
+_MEMORY = 1 << 30  # bytes of the process that renders
+_WORKER = Path(__file__).with_name("chat_worker.py")
+# The headers of MiniMax-Text-01 and MiniMax-VL-01, by role.
+_HEADERS = {
+    "system": "system ai_setting=assistant",
+    "user": "user name=user",
+    "assistant": "ai name=assistant",
+}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes a prompt.
+
+    Attributes:
+      source: a jinja2 template; None is MiniMax-01's format.
+      bos_token, eos_token: what the template knows by these names.
+      file: where it is from, for messages.
+    """
+
+    source: str | None = None
+    bos_token: str = BEGIN
+    eos_token: str = END
+    file: str = "the chat template"
+
+
+def load_chat_template(folder: Path) -> ChatTemplate:
+    """The template of a folder: chat_template.jinja, else what tokenizer_config.json says.
+
+    A folder with neither has MiniMax-01's format.
+
+    Raises:
+      ValueError: a file is too large, a link out of the folder, or not what it should be.
+    """
+    fields: dict[str, Any] = {}
+    if _is_there(folder / TOKENIZER_CONFIG):
+        fields = read_json(folder, TOKENIZER_CONFIG)
+    file, source = folder / TOKENIZER_CONFIG, _default(fields.get("chat_template"))
+    if _is_there(folder / TEMPLATE):
+        file = plain_file(folder, TEMPLATE)
+        source = read_text(file, most=MAX_TEMPLATE)
+    if source is not None and not isinstance(source, str):
+        raise ValueError(f"{file}: chat_template is a {type(source).__name__}; a text is wanted")
+    if source is not None and len(source) > MAX_TEMPLATE:
+        raise ValueError(f"{file}: chat_template has more than {MAX_TEMPLATE:,} characters")
+    tokens = {}
+    for name, usual in (("bos_token", BEGIN), ("eos_token", END)):
+        value = fields.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        tokens[name] = value if isinstance(value, str) else usual
+    return ChatTemplate(source, file=str(file), **tokens)
+
+
+def render_chat(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    max_characters: int = MAX_TEXT,
+    seconds: float = 5.0,
+) -> str:
+    """The prompt of a conversation; encode it with `add_special_tokens=False`.
+
+    Args:
+      template: see `load_chat_template`.
+      messages: each has a 'role' and a 'content', a text or a list of
+        {'type': 'text', 'text': ...}; whichever a template expects is what it gets.
+      add_generation_prompt: end with the header of the answer.
+      max_characters: of the messages together, and of the prompt.
+      seconds: that a template may take.
+
+    Raises:
+      ValueError: messages that are none or too long; a template that fails, reaches for what is not
+        its own, or needs more than it may. One line.
+    """
+    plain = _checked(messages, max_characters)
+    if template.source is None:
+        text = _minimax(plain, add_generation_prompt)
+        if len(text) > max_characters:
+            raise ValueError(f"the prompt has more than {max_characters:,} characters")
+        return text
+    question = {
+        "template": template.source,
+        "variables": {
+            "messages": plain,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": template.bos_token,
+            "eos_token": template.eos_token,
+        },
+        "most": max_characters,
+        "seconds": math.ceil(seconds),
+        "memory": _MEMORY,
+    }
+    answer = _ask(question, seconds)
+    if "text" not in answer:
+        reason = printable(" ".join(answer["error"].split()))
+        raise ValueError(f"{template.file}: the chat template fails ({reason})")
+    return answer["text"]
+
+
+def _ask(question: dict[str, Any], seconds: float) -> dict[str, str]:
+    """What the worker answers; of one that had to be ended, an error."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", str(_WORKER)],
+            input=json.dumps(question).encode(),
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"takes more than {seconds:g} seconds"}
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        return {"error": f"its process ended with code {done.returncode}"}
+
+
+def _checked(messages: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Roles and contents alone, as plain values."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError("messages must be a list of at least one message")
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"there are {len(messages):,} messages; at most {MAX_MESSAGES:,} are read")
+    plain, size = [], 0
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not 1 <= len(role) <= 64:
+            raise ValueError(f"message {number} needs a role, a text of 1 to 64 characters")
+        texts = _texts(number, message.get("content"))
+        size += sum(map(len, texts))
+        if size > most:
+            raise ValueError(f"the messages have more than {most:,} characters")
+        whole = isinstance(message["content"], str)
+        parts = [{"type": "text", "text": text} for text in texts]
+        plain.append({"role": role, "content": texts[0] if whole else parts})
+    return plain
+
+
+def _texts(number: int, content: object) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    parts = content if isinstance(content, list | tuple) else [None]
+    if len(parts) > MAX_MESSAGES:
+        raise ValueError(f"message {number} has {len(parts):,} parts; at most {MAX_MESSAGES:,}")
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        for part in parts
+    ]
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(texts):
+        raise ValueError(
+            f"the content of message {number} must be a text or a list of "
+            "{'type': 'text', 'text': ...}"
+        )
+    return found
+
+
+def _minimax(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    blocks = []
+    for number, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role not in _HEADERS:
+            raise ValueError(
+                f"message {number} has role {printable(repr(role))}; it must be one of "
+                f"{', '.join(_HEADERS)}"
+            )
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        blocks.append(f"{BEGIN}{_HEADERS[role]}\n{''.join(parts)}{END}\n")
+    if add_generation_prompt:
+        blocks.append(f"{BEGIN}{_HEADERS['assistant']}\n")
+    return "".join(blocks)
+
+
+def _default(found: object) -> object:
+    """The template of this name, where there are several: a list of {name, template}."""
+    if not isinstance(found, list):
+        return found
+    named = {
+        entry.get("name"): entry.get("template")
+        for entry in found
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    }
+    return named.get("default", found)
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_symlink() or file.exists()

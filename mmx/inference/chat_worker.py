@@ -1,0 +1,111 @@
+"""Renders one chat template: a program of its own, since templates are programs of others.
+
+Reads a JSON object from stdin (template, variables, most, seconds, memory), writes one to stdout:
+{"text": ...} or {"error": ...}. `mmx.inference.chat` starts it by its path, isolated, so it imports
+nothing of mmx. The sandbox of jinja2 keeps a template away from everything but its variables;
+time and memory are bounded by the operating system, which also ends what no sandbox sees, as one
+sum of a thousand long strings.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses what jinja2's own sandbox would render as nothing."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise SecurityError(f"reaches for {attribute!r} of a {type(obj).__name__}")
+
+
+def render(template: str, variables: dict[str, Any], most: int) -> str:
+    """The text of a template, with the names and settings that published templates count on."""
+    environment = Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = _to_json
+    tree = environment.parse(template)
+    if _wants_parts(tree):
+        variables["messages"] = [_in_parts(message) for message in variables["messages"]]
+    else:
+        variables["messages"] = [_in_one(message) for message in variables["messages"]]
+    pieces, size = [], 0
+    for piece in environment.from_string(tree).generate(variables):
+        size += len(piece)
+        if size > most:
+            raise ValueError(f"more than {most:,} characters come out of it")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _wants_parts(tree: nodes.Template) -> bool:
+    """Whether the template goes through the content of a message, or takes its first part."""
+    loops = [loop.iter for loop in tree.find_all(nodes.For)]
+    loops += [item.node for item in tree.find_all(nodes.Getitem) if _is_number(item.arg)]
+    for node in loops:
+        while isinstance(node, nodes.Filter):
+            node = node.node  # as in `for part in message.content | selectattr(...)`
+        by_name = isinstance(node, nodes.Getattr) and node.attr == "content"
+        by_key = isinstance(node, nodes.Getitem) and (
+            isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        )
+        if by_name or by_key:
+            return True
+    return False
+
+
+def _is_number(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Const) and isinstance(node.value, int)
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**message, "content": parts}
+
+
+def _in_one(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return {**message, "content": text}
+
+
+def _raise(message: object) -> None:
+    raise TemplateError(str(message))
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def main() -> None:
+    """Answer one question and end."""
+    asked = json.loads(sys.stdin.buffer.read())
+    # Everything that is needed is loaded by now: no file may be written, and few opened.
+    for limit, value in [
+        (resource.RLIMIT_AS, asked["memory"]),
+        (resource.RLIMIT_CPU, asked["seconds"] + 1),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ]:
+        resource.setrlimit(limit, (value, value))
+    try:
+        answer = {"text": render(asked["template"], asked["variables"], asked["most"])}
+    except MemoryError:
+        answer = {"error": "needs too much memory"}
+    except RecursionError:
+        answer = {"error": "nested too deep"}
+    except Exception as error:  # whatever a template can make Python raise
+        answer = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
+    sys.stdout.buffer.write(json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from mmx.data.tokenizer import train_tokenizer
+from mmx.inference import chat
+from mmx.inference.chat import ChatTemplate, load_chat_template, render_chat
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi {{ 7 * 7 }}\n好"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+]
+WANTED = (
+    "<beginning_of_sentence>system ai_setting=assistant\nBe brief.<end_of_sentence>\n"
+    "<beginning_of_sentence>user name=user\nHi {{ 7 * 7 }}\n好<end_of_sentence>\n"
+    "<beginning_of_sentence>ai name=assistant\nHello.<end_of_sentence>\n"
+    "<beginning_of_sentence>user name=user\nab<end_of_sentence>\n"
+)
+ANSWER = "<beginning_of_sentence>ai name=assistant\n"
+# The same format as a template, over parts and over whole texts.
+PARTS = """
+{%- set names = {'system': 'system ai_setting=assistant', 'user': 'user name=user',
+                 'assistant': 'ai name=assistant'} -%}
+{% for message in messages %}
+{{ bos_token }}{{ names[message['role']] }}
+{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}
+{{- part['text'] }}
+{%- endfor %}
+{{- eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ bos_token }}ai name=assistant
+{% endif %}"""
+FIRST_PART = "{% for m in messages %}{{ m['content'][0]['text'] + '|' }}{% endfor %}"
+WHOLE = "{% for m in messages %}{{ m.role + ':' + (m.content | trim) + ';' }}{% endfor %}"
+
+
+def render(source, messages=TALK, **options):
+    return render_chat(ChatTemplate(source), messages, **options)
+
+
+def fails(source, match, **options):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=match) as caught:
+        render(source, **options)
+    message = str(caught.value)
+    assert message.startswith("the chat template: the chat template fails (")
+    assert "\n" not in message
+    assert len(message) < 600
+    return time.perf_counter() - began
+
+
+def test_the_format_of_minimax():
+    assert render(None) == WANTED + ANSWER
+    assert render(None, add_generation_prompt=False) == WANTED
+
+
+def test_markers_become_single_tokens():
+    ids = train_tokenizer([], vocab_size=258).encode(render(None, TALK[:1])).ids
+    assert ids.count(0) == 1  # the end of one message
+    assert ids.count(1) == 2  # it and the answer begin
+
+
+def test_templates_get_texts_or_parts_as_they_expect():
+    assert render(PARTS) == WANTED + ANSWER
+    assert render(PARTS, add_generation_prompt=False) == WANTED
+    assert render(FIRST_PART) == "Be brief.|Hi {{ 7 * 7 }}\n好|Hello.|a|"
+    assert render(WHOLE) == "system:Be brief.;user:Hi {{ 7 * 7 }}\n好;assistant:Hello.;user:ab;"
+
+
+def test_names_that_published_templates_use():
+    source = (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+        "{{ {'c': m.content} | tojson }}{% endfor %}{{ bos_token }}{{ eos_token }}"
+    )
+    template = ChatTemplate(source, bos_token="[", eos_token="]")
+    assert render_chat(template, TALK) == '{"c": "Be brief."}{"c": "Hi {{ 7 * 7 }}\\n好"}[]'
+    fails("{{ raise_exception('roles must\n  alternate') }}", "roles must alternate")
+
+
+ESCAPES = [
+    "{{ ''.__class__ }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ '{0.__class__}'.format(1) }}",
+    "{% set x = messages.append(1) %}",
+    "{{ self.__init__ }}",
+]
+
+
+@pytest.mark.parametrize("source", ESCAPES)
+def test_reaching_for_attributes_is_refused(source):
+    fails(source, "SecurityError")
+
+
+def test_files_and_modules_are_out_of_reach():
+    fails("{% include '/etc/passwd' %}", "no loader|TypeError|TemplateNotFound")
+    assert render("{{ open }}{{ __import__ }}{{ os }}") == ""
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+BOMBS = [
+    (LOOP, "takes more than 1 seconds"),
+    ("{{ 9 ** (9 ** 9) }}", "takes more than 1 seconds|memory"),
+    ("{{ range(10 ** 9) }}", "OverflowError"),
+    ("{{ 'x' * 10 ** 11 }}", "too much memory"),
+    ("{{ 'x' | center(10 ** 11) }}", "too much memory"),
+    ("{{ '%099999999999d' % 1 }}", "memory|Error|ended"),
+    ("{% for a in range(999) %}{{ 'x' * 99999 }}{% endfor %}", "more than 100,000 characters"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deep"),
+    ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep|ended|Syntax|memory"),
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ nothing.at.all }}", "UndefinedError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("source", "match"), BOMBS, ids=[source[:20] for source, _ in BOMBS])
+def test_what_takes_too_much_is_ended(source, match):
+    # A second is less than a busy machine may need to start Python, and is all a loop gets.
+    seconds = 1.0 if "1 seconds" in match else 60.0
+    took = fails(source, match, seconds=seconds, max_characters=100_000)
+    assert took < 60
+
+
+def test_no_process_is_left_behind():
+    fails(LOOP, "seconds", seconds=0.5)
+    listings = [file.read_text() for file in Path("/proc/self/task").glob("*/children")]
+    assert listings
+    for child in " ".join(listings).split():
+        assert "chat_worker" not in Path(f"/proc/{child}/cmdline").read_text()
+
+
+BAD_MESSAGES = [
+    ([], "at least one message"),
+    ("hello", "must be a list"),
+    ({"role": "user", "content": "x"}, "must be a list"),
+    (["hello"], "message 0 needs a role"),
+    ([{"content": "x"}], "message 0 needs a role"),
+    ([{"role": "x" * 65, "content": "x"}], "message 0 needs a role"),
+    ([TALK[0], {"role": "user"}], "content of message 1 must be"),
+    ([{"role": "user", "content": 3}], "content of message 0 must be"),
+    ([{"role": "user", "content": [{"type": "image"}]}], "content of message 0 must be"),
+    ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "content of message 0 must be"),
+    ([{"role": "user\nx", "content": "x"}], "must be one of system, user, assistant"),
+    ([{"role": "user", "content": "x" * 60}] * 2, "more than 100 characters"),
+    ([{"role": "user", "content": "x"}] * 3, "the prompt has more than 100 characters"),
+    ([{"role": "user", "content": "x"}] * 10_001, "at most 10,000"),
+]
+
+
+@pytest.mark.parametrize(("messages", "match"), BAD_MESSAGES)
+def test_messages_that_are_refused(messages, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        render_chat(ChatTemplate(), messages, max_characters=100)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def write(folder, **fields):
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def test_where_a_template_is_found(tmp_path):
+    assert load_chat_template(tmp_path) == ChatTemplate(
+        file=str(tmp_path / "tokenizer_config.json")
+    )
+    write(tmp_path, bos_token={"content": "<s>"}, eos_token="</s>", chat_template="one")
+    found = load_chat_template(tmp_path)
+    assert (found.source, found.bos_token, found.eos_token) == ("one", "<s>", "</s>")
+    several = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "two"}]
+    write(tmp_path, chat_template=several, bos_token=None)
+    found = load_chat_template(tmp_path)
+    assert (found.source, found.bos_token) == ("two", "<beginning_of_sentence>")
+    (tmp_path / "chat_template.jinja").write_text("three")
+    found = load_chat_template(tmp_path)
+    assert found.source == "three"
+    assert found.file == str(tmp_path / "chat_template.jinja")
+
+
+def test_templates_that_are_not_read(tmp_path):
+    write(tmp_path, chat_template=3)
+    with pytest.raises(ValueError, match="chat_template is a int; a text is wanted"):
+        load_chat_template(tmp_path)
+    write(tmp_path, chat_template=[{"name": "tool_use", "template": "b"}])
+    with pytest.raises(ValueError, match="chat_template is a list"):
+        load_chat_template(tmp_path)
+    file = tmp_path / "chat_template.jinja"
+    file.write_text("x" * (chat.MAX_TEMPLATE + 1))
+    with pytest.raises(ValueError, match="at most 1,048,576 are read"):
+        load_chat_template(tmp_path)
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="link out of the folder"):
+        load_chat_template(tmp_path)
