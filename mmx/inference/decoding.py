@@ -14,6 +14,21 @@ from mmx.nn.block import Execution
 from mmx.nn.memory import Pages
 from mmx.nn.sequence import Sequence
 
+PADDED = (32, 64, 128, 256)  # lengths to which the last chunk of a prompt is padded
+
+
+def chunk_size(left: int, chunk: int) -> int:
+    """Tokens of the next chunk of a prompt of which `left` tokens are unread.
+
+    Whole chunks, then powers of two down to 256, then the rest padded to 32, 64, 128 or 256: so
+    chunks begin at multiples of 256, and there are few programs.
+    """
+    while chunk > PADDED[-1] and chunk > left:
+        chunk //= 2
+    if left >= chunk:
+        return chunk
+    return next(size for size in PADDED if size >= left)
+
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames=("pool",))
 def prefill(

@@ -15,9 +15,15 @@ import jax
 import numpy as np
 
 from mmx.config import ModelConfig
-from mmx.inference.decoding import decode, prefill
+from mmx.inference.decoding import PADDED, chunk_size, decode, prefill
 from mmx.inference.pool import Pool, PoolShape, RowMemory, init_pool, pool_bytes, put_back, take_out
-from mmx.inference.requests import FinishReason, Result, Sampling, TokenLogprob
+from mmx.inference.requests import (
+    FinishReason,
+    Result,
+    Sampling,
+    TokenLogprob,
+    check_prompt,
+)
 from mmx.inference.rows import (
     MAX_STOP_IDS,
     Chosen,
@@ -31,7 +37,6 @@ from mmx.inference.rows import (
 )
 from mmx.model import Params
 
-PADDED = (32, 64, 128, 256)  # lengths to which the last chunk of a prompt is padded
 State = Literal["waiting", "reading", "running", "away"]
 
 
@@ -135,7 +140,7 @@ class Engine:
         sampling.check(self.config)
         if len(sampling.end_ids(self.config)) > MAX_STOP_IDS:
             raise ValueError(f"stop_ids: at most {MAX_STOP_IDS}, the end token included")
-        prompt = _checked(tokens, self.config)
+        prompt = check_prompt(tokens, self.config)
         total = prompt.size + sampling.max_new_tokens
         if total > self.max_seq_len:
             raise ValueError(
@@ -389,29 +394,3 @@ class Engine:
         )
         self._end(request, reason)
         return [Event(request.number, token, reason)]
-
-
-def chunk_size(left: int, chunk: int) -> int:
-    """Tokens of the next chunk of a prompt of which `left` tokens are unread.
-
-    Whole chunks, then powers of two down to 256, then the rest padded to 32, 64, 128 or 256: so
-    chunks begin at multiples of 256, and there are few programs.
-    """
-    while chunk > PADDED[-1] and chunk > left:
-        chunk //= 2
-    if left >= chunk:
-        return chunk
-    return next(size for size in PADDED if size >= left)
-
-
-def _checked(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
-    prompt = np.asarray(tokens)
-    if prompt.ndim != 1 or not prompt.size:
-        raise ValueError("the prompt is empty; it needs at least one token")
-    if prompt.dtype.kind not in "iu":
-        raise ValueError(f"the prompt holds {prompt.dtype}; it must be integer token ids")
-    low, high = prompt.min(), prompt.max()
-    if low < 0 or high >= config.vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"the prompt holds the id {wrong}; ids are 0 to {config.vocab_size - 1}")
-    return prompt.astype(np.int32)

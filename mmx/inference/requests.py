@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from mmx.config import ModelConfig
 
 MAX_BIAS = 300  # entries of logit_bias
@@ -133,6 +135,24 @@ class Result:
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: FinishReason
     text: str | None
+
+
+def check_prompt(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The ids of a prompt as int32.
+
+    Raises:
+      ValueError: none, something else than integers, or one out of range.
+    """
+    prompt = np.asarray(tokens)
+    if prompt.ndim != 1 or not prompt.size:
+        raise ValueError("the prompt is empty; it needs at least one token")
+    if prompt.dtype.kind not in "iu":
+        raise ValueError(f"the prompt holds {prompt.dtype}; it must be integer token ids")
+    low, high = prompt.min(), prompt.max()
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"the prompt holds the id {wrong}; ids are 0 to {config.vocab_size - 1}")
+    return prompt.astype(np.int32)
 
 
 def _require(ok: bool, name: str, value: object, wanted: str) -> None:
