@@ -3,7 +3,7 @@
 Everything here may come from somebody else's JSON, so types are checked as well as ranges.
 """
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
