@@ -7,6 +7,7 @@ best one for the platform. This package knows jax only: no model config, no modu
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
 from pallas_kernels.lightning_attention.api import lightning_decode_step as lightning_decode_step
+from pallas_kernels.paged_attention.api import paged_attention as paged_attention
 from pallas_kernels.softmax_attention.api import (
     attention_block_backward as attention_block_backward,
 )
@@ -17,5 +18,6 @@ __all__ = [
     "grouped_matmul",
     "lightning_attention",
     "lightning_decode_step",
+    "paged_attention",
     "softmax_attention",
 ]

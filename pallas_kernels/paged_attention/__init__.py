@@ -1,0 +1,1 @@
+"""Grouped-query attention to keys and values that lie in pages, for serving."""
