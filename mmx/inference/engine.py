@@ -103,14 +103,14 @@ class Engine:
         implementation: str | None = None,
     ):
         self.config, self.params, self.implementation = config, params, implementation
+        asked = dict(rows=rows, pages=pages, page_size=page_size, decode_steps=decode_steps)
+        for name, value in asked.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         longest = min(max_seq_len or config.max_seq_len, config.max_seq_len)
         self.row_pages = -(-longest // page_size)
         if pages is None:
             pages = max(self.row_pages, -(-rows * 4096 // page_size))
-        for name, value in (("rows", rows), ("pages", pages), ("page_size", page_size),
-                            ("decode_steps", decode_steps)):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         if chunk < PADDED[-1] or chunk & (chunk - 1):
             raise ValueError(f"chunk is {chunk}; it must be a power of two of at least 256")
         self.max_seq_len = min(longest, pages * page_size)
