@@ -110,7 +110,7 @@ BOMBS = [
     (LOOP, "takes more than 1 seconds"),
     ("{{ 9 ** (9 ** 9) }}", "takes more than 1 seconds|memory"),
     ("{{ range(10 ** 9) }}", "OverflowError"),
-    ("{{ 'x' * 10 ** 11 }}", "too much memory"),
+    ("{{ 'x' * 2 * 10 ** 9 }}", "too much memory"),
     ("{{ 'x' | center(10 ** 11) }}", "too much memory"),
     ("{{ '%099999999999d' % 1 }}", "memory|Error|ended"),
     ("{% for a in range(999) %}{{ 'x' * 99999 }}{% endfor %}", "more than 100,000 characters"),
@@ -150,7 +150,7 @@ BAD_MESSAGES = [
     ([{"role": "user", "content": [{"type": "image"}]}], "content of message 0 must be"),
     ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "content of message 0 must be"),
     ([{"role": "user\nx", "content": "x"}], "must be one of system, user, assistant"),
-    ([{"role": "user", "content": "x" * 60}] * 2, "more than 100 characters"),
+    ([{"role": "user", "content": "x" * 60}] * 2, "the messages have more than 100 char"),
     ([{"role": "user", "content": "x"}] * 3, "the prompt has more than 100 characters"),
     ([{"role": "user", "content": "x"}] * 10_001, "at most 10,000"),
 ]

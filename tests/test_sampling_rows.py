@@ -287,9 +287,9 @@ def test_top_logprobs():
 def test_seen_tokens_are_marked():
     before = np.zeros((2, 5), bool)
     before[1, 0] = True
-    after = mark_seen(before_on_device := jax.numpy.asarray(before), np.array([[4, 2], [-1, 4]]))
+    after = mark_seen(before_on_device := jax.numpy.asarray(before), np.array([[4, 2], [-1, 1]]))
     wanted = before.copy()
-    wanted[0, [4, 2]] = wanted[1, 4] = True
+    wanted[0, [4, 2]] = wanted[1, 1] = True
     np.testing.assert_array_equal(after, wanted)
     np.testing.assert_array_equal(before_on_device, before)
 

@@ -239,8 +239,8 @@ def _descending(values: Array) -> Array:
 def _first(order: Array, weights: Array, target: Array) -> Array:
     """Mask of the fewest tokens, largest `order` first, whose weights together reach a target.
 
-    The place of the last one is found bit by bit, 32 sums over the vocabulary: on a GPU a tenth of
-    the time of sorting it. Tokens of equal order, and so equal weight, count from the first.
+    The place of the last one is found bit by bit: 32 sums over the vocabulary cost less than
+    sorting it. Tokens of equal order, and so equal weight, count from the first.
 
     Args:
       order: uint32 [R, vocab].
