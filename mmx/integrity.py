@@ -24,6 +24,7 @@ from typing import Any
 MANIFEST = "MANIFEST.json"
 SAVING = ".saving"
 _FORMAT = 1
+_MAX_MANIFEST = 64 << 20  # bytes; that of MiniMax-Text-01 has 4 MB
 _STEP = re.compile(r"[0-9]{8,18}")
 _THREADS = 8  # more readers than this gain nothing on one disk
 
@@ -200,7 +201,7 @@ def read_verified(folder: Path, name: str) -> bytes:
     return content
 
 
-_REMEDY = "restore another step, or remove this one"
+_REMEDY = "use another copy or step, and remove this one"
 
 
 def check_files(folder: Path) -> Manifest:
@@ -239,6 +240,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if not stat.S_ISREG(path.lstat().st_mode) or folder.is_symlink():
             raise DamagedCheckpoint(f"{_shown(path)}: reached by a link; {_REMEDY}")
+        if path.stat().st_size > _MAX_MANIFEST:
+            raise DamagedCheckpoint(f"{_shown(path)}: too large for a manifest; {_REMEDY}")
         content = path.read_bytes()
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{_shown(path)}: missing; {_REMEDY}") from None
@@ -252,7 +255,7 @@ def read_manifest(folder: Path) -> Manifest:
         version, manifest = fields["format"], _manifest(fields)
     except DamagedCheckpoint:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise DamagedCheckpoint(f"{_shown(path)}: not a manifest; {_REMEDY}") from None
     if version != _FORMAT:
         raise DamagedCheckpoint(f"{_shown(path)}: format {version!r}; this version reads {_FORMAT}")
@@ -275,6 +278,10 @@ def _manifest(fields: Mapping[str, Any]) -> Manifest:
         )
         for name, entry in fields.get("tensors", {}).items()
     }
+    if not all(file in files for entry in tensors.values() for file, _, _ in entry.chunks):
+        raise ValueError("a tensor in a file that is not listed")
+    if not isinstance(fields.get("about", {}), dict):
+        raise ValueError("about is no object")
     step = fields.get("step")
     return Manifest(files, None if step is None else int(step), tensors, fields.get("about", {}))
 

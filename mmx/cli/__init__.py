@@ -80,4 +80,5 @@ def _fail(message: str) -> int:
 
 
 def _show_warning(message: Warning | str, *unused: object) -> None:
-    print(f"mmx: note: {message}", file=sys.stderr)
+    text = " ".join(str(message).split())
+    print(f"mmx: note: {text if text.isprintable() else ascii(text)}", file=sys.stderr)

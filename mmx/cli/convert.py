@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) -> int:
+    from mmx import integrity
     from mmx.convert.check import check_output
     from mmx.convert.stream import default_workers, execute, machine
     from mmx.convert.workplace import Workplace
@@ -112,12 +113,15 @@ def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) ->
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     use = machine(plan, max_ram, options.workers or default_workers())
     begun = time.monotonic()
-    plan.source.check()
+    if options.verify != "none" or plan.source.form == "run":
+        plan.source.check()
     identity = plan.identity()
     with Workplace(
         destination, identity, resume=options.resume, overwrite=options.overwrite
     ) as work:
         if work.state == "published":
+            if options.verify == "full":
+                check_output(plan, destination, "full", use)
             print(f"{options.dst}: is whole already")
             return 0
         done = 0
@@ -125,6 +129,9 @@ def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) ->
             _check_room(work.folder, plan.nbytes - sum(e["size"] for e in work.done.values()))
             with _bar(console, plan.nbytes) as advance:
                 done = execute(plan, work, use, advance)
+        else:
+            # It was whole when its manifest was written; a check may have failed since.
+            integrity.verify(work.folder)
         seconds = time.monotonic() - begun
         compared = check_output(plan, work.folder, options.verify, use)
         work.publish()

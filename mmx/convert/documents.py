@@ -98,9 +98,11 @@ def carried_files(folder: Path) -> list[str]:
     """
     found = []
     for name in CARRIED_FILES:
-        if not (folder / name).exists():
+        if not (folder / name).exists() and not (folder / name).is_symlink():
             continue
         path = plain_file(folder, name)
+        if not path.exists():
+            raise ValueError(f"{path}: is a link to a file that is not there; remove or mend it")
         size = path.stat().st_size
         if not path.is_file() or size > MAX_FILE:
             raise ValueError(

@@ -58,6 +58,7 @@ class Budget:
 
     def take(self, size: int) -> None:
         """Wait for so many bytes; at most `size` in all."""
+        assert size <= self.size, "more than there is would be waited for in vain"
         with self._changed:
             self._changed.wait_for(lambda: self._free >= size)
             self._free -= size

@@ -74,6 +74,7 @@ def _memory(source: Source, entry: Entry, items: int, dtype: np.dtype) -> int:
     """Peak of reading (an Orbax chunk is there twice), casting and turning over so many items."""
     stored = source.dtype(entry)
     held = items * stored.itemsize * (2 if source.form in ("orbax", "run") else 1)
+    held += source.decoded(entry)
     return held + items * dtype.itemsize * (1 if stored == dtype else 2)
 
 

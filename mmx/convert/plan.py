@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.convert import decay_tables, mapping
-from mmx.convert.chunks import ArrayLayout, choose_chunk
+from mmx.convert.checkpoint import MAX_SHARDS
+from mmx.convert.chunks import DTYPES, ArrayLayout, choose_chunk
 from mmx.convert.documents import (
     Dtype,
     To,
@@ -279,9 +280,10 @@ def _carried_arrays(source: Source) -> dict[str, ArrayLayout]:
     for key, stored in sorted(source.carried.items()):
         if "/" in key:
             raise ValueError(f"{source.folder}: {key}: '/' cannot be part of a name in Orbax")
-        if stored.dtype not in DTYPE_NAMES:
+        if stored.dtype.name not in DTYPES or not stored.nbytes:
             raise ValueError(
-                f"{source.folder}: {key}: has a dtype that cannot be carried; dequantize it first"
+                f"{source.folder}: {key}: is empty or has a dtype that Orbax cannot hold; remove "
+                "it, or dequantize it first"
             )
         chunk = stored.shape and choose_chunk(
             stored.shape, stored.dtype.itemsize, stacked=0, max_bytes=PIECE, cut=0
@@ -357,6 +359,11 @@ def _shards(tensors: Mapping[str, Tensor], shard_size: int) -> dict[str, tuple[s
             room = shard_size
         groups[-1].append(name)
         room -= tensor.stored.nbytes
+    if len(groups) > MAX_SHARDS:
+        raise ValueError(
+            f"--shard-size: makes {len(groups):,} files, and at most {MAX_SHARDS:,} are read "
+            "again; give a larger size"
+        )
     shards: dict[str, tuple[str, ...]] = {}
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"

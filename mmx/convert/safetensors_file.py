@@ -188,7 +188,7 @@ def _header_text(handle: int, file: Path, size: int, limits: Limits) -> tuple[st
     if length > limits.header_bytes:
         raise ValueError(
             f"{file}: its header has {length:,} bytes, and at most {limits.header_bytes:,} are "
-            "read; download it again, or raise the limit if you trust it"
+            "read; download it again"
         )
     header = bytearray(length)
     if read_exactly(handle, memoryview(header), LENGTH.size) != length:

@@ -22,6 +22,7 @@ from mmx.convert.source import (
     Allowed,
     Source,
     Stored,
+    require_sane,
     rows_at_once,
     some,
 )
@@ -38,6 +39,8 @@ class _Orbax:
     carried: TreeReader | None
     above: str = ""  # what the tree has above the names of parameters
 
+    whole_chunks: bool = False  # what others wrote is decoded a chunk at a time
+
     def dtype(self, entry: Entry) -> np.dtype:
         return DTYPES[self.params.arrays[self.above + entry.path].dtype]
 
@@ -47,6 +50,9 @@ class _Orbax:
         # A chunk is read whole; larger ones, as of other writers, again for each piece.
         most = rows_at_once(entry, DTYPES[layout.dtype].itemsize)
         return min(chunk[entry.cut] * entry.row_unit, most) if chunk else most
+
+    def decoded(self, entry: Entry) -> int:
+        return self.params.arrays[self.above + entry.path].chunk_nbytes if self.whole_chunks else 0
 
     def read(self, entry: Entry, box: tuple[slice, ...]) -> np.ndarray:
         if not box:
@@ -82,7 +88,7 @@ def open_run(folder: Path, allowed: Allowed) -> Source:
     """The parameters of the last complete step of a run."""
     step, config = run_config(folder)
     saved = step_folders(folder / CHECKPOINTS)[step]
-    store = _Orbax(TreeReader(saved / PARAMS), None, f"{PARAMS}/")
+    store = _Orbax(TreeReader(saved / PARAMS), None, f"{PARAMS}/", whole_chunks=True)
     found, missing, dropped = _match_arrays(saved / PARAMS, store, config, allowed)
     return Source(folder, "run", config, None, "separate", "", found, {}, dropped, tuple(missing),
                   store, (saved, saved / integrity.MANIFEST))  # fmt: skip
@@ -96,9 +102,12 @@ def _match_arrays(
     arrays = {name.removeprefix(store.above): a for name, a in store.params.arrays.items()}
     found: dict[tuple[str, tuple[int, ...]], Entry] = {}
     missing: dict[str, None] = {}
+    absent = 0
     for entry in mapping.entries(config, "separate"):
         if entry.path not in arrays:
             missing[entry.path] = None
+            absent += 1
+            require_sane(folder, absent)
             continue
         shape, dtype = arrays[entry.path].shape, arrays[entry.path].dtype
         spec = mapping.find(specs, entry.path)

@@ -27,6 +27,7 @@ from mmx.convert.pieces import Piece, carried_pieces, chunk_piece, tensor_pieces
 from mmx.convert.plan import Plan
 from mmx.convert.safetensors_file import DTYPE_NAMES, read_header
 from mmx.convert.safetensors_writer import ShardWriter
+from mmx.convert.source import PARAMS
 from mmx.convert.workplace import JOURNAL, Workplace
 
 MARGIN = 64 << 20  # bytes for what is not counted: small arrays, threads, the allocator
@@ -57,8 +58,12 @@ def _all_pieces(plan: Plan) -> Iterator[Piece]:
         yield from _pieces_of(plan, name)
     for tree, arrays in plan.trees.items():
         for name, layout in arrays.items():
-            # All chunks of an array cost the same, but for the last.
-            yield chunk_piece(plan, tree, name, layout.region((0,) * len(layout.shape)))
+            entries = plan.source.by_path.get(name, []) if tree == PARAMS else []
+            one_dtype = len({plan.source.dtype(entry) for entry in entries}) < 2
+            # Chunks of an array cost the same, but for the last and for casts of some.
+            indices = [(0,) * len(layout.shape)] if one_dtype else layout.chunks()
+            for index in indices:
+                yield chunk_piece(plan, tree, name, layout.region(index))
 
 
 def machine(plan: Plan, max_ram: int, workers: int) -> Machine:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from mmx.integrity import MANIFEST, DamagedCheckpoint, read_manifest, sync
+from mmx.integrity import MANIFEST, DamagedCheckpoint, check_files, read_manifest, sync
 
 CONVERTING, REPLACED = ".converting", ".replaced"
 JOURNAL = ".journal.jsonl"
@@ -60,6 +60,7 @@ class Workplace:
         if resume and self._published():
             self.state = "published"
             return
+        self._overwrite = overwrite
         check_destination(destination, overwrite=overwrite)
         fresh = not self.folder.exists()
         if not fresh and not resume and not overwrite:
@@ -70,6 +71,8 @@ class Workplace:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._handle = self._locked()
         try:
+            # Whoever held the lock may have published meanwhile.
+            check_destination(destination, overwrite=overwrite)
             self._take_up(resume)
         except BaseException:
             self._release()
@@ -93,8 +96,11 @@ class Workplace:
         """Give the output its name; what had it goes once the new one is there.
 
         Raises:
+          ValueError: something else has come to be under the name meanwhile; the output stays where
+            it is.
           OSError: a folder cannot be renamed or removed.
         """
+        check_destination(self.destination, overwrite=self._overwrite)
         old = self.destination.with_name(self.destination.name + REPLACED)
         if self.destination.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -118,7 +124,10 @@ class Workplace:
 
     def _published(self) -> bool:
         """Whether the run that is resumed had come to its end."""
-        return not self.folder.exists() and _made_by(self.destination, self._identity)
+        if self.folder.exists() or not _made_by(self.destination, self._identity):
+            return False
+        check_files(self.destination)
+        return True
 
     def _locked(self) -> int:
         handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -144,6 +153,12 @@ class Workplace:
     def _take_up(self, resume: bool) -> None:
         """Under the lock: continue, or empty the folder and begin."""
         journal = self.folder / JOURNAL
+        names = set(os.listdir(self.folder))
+        if names and not names & {JOURNAL, JOURNAL + ".tmp", MANIFEST}:
+            raise ValueError(
+                f"{self.folder}: holds files that are not of a conversion; move them, or choose "
+                "another name"
+            )
         if resume and (self.folder / MANIFEST).exists():
             if not _made_by(self.folder, self._identity):
                 raise ValueError(f"{self.folder}: is of another conversion; add --overwrite")
@@ -193,8 +208,16 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
     Raises:
       ValueError: something is there.
     """
+    replaced = destination.with_name(destination.name + REPLACED)
+    if replaced.exists() and not (replaced / MANIFEST).exists():
+        raise ValueError(f"{replaced}: is in the way and no checkpoint of ours; move it")
     if not destination.exists() and not destination.is_symlink():
         return
+    if os.path.ismount(destination):
+        raise ValueError(
+            f"{destination}: is where a disk is mounted, and cannot be renamed to; name a folder "
+            "inside it"
+        )
     if not destination.is_dir() or destination.is_symlink():
         raise ValueError(f"{destination}: exists and is no folder; choose another name")
     if not any(destination.iterdir()):
@@ -216,9 +239,11 @@ def check_apart(source: Path, destination: Path) -> None:
     Raises:
       ValueError: one folder is in the other.
     """
-    ours, theirs = destination.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
-        raise ValueError(f"{destination}: lies in {source}, or the reverse; choose another folder")
+    theirs = source.resolve()
+    for suffix in ("", CONVERTING, REPLACED):  # names that are used, and removed, on the way
+        ours = destination.with_name(destination.name + suffix).resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise ValueError(f"{ours}: lies in {source}, or the reverse; choose another folder")
 
 
 def _made_by(folder: Path, identity: Mapping[str, Any]) -> bool:
