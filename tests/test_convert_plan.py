@@ -51,11 +51,12 @@ FULL = dict(
 )  # fmt: skip
 
 MEASURE = """
-import json, resource, sys, time
+import json, re, sys, time
 from mmx.cli import main
 start = time.perf_counter()
 code = main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# VmHWM and not ru_maxrss, which begins with the peak of the process that started this one.
+peak = int(re.search(r"VmHWM:\\s*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps([code, time.perf_counter() - start, peak]))
 """
 

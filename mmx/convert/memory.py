@@ -44,8 +44,14 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most it has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most it has held; not that of the process that started it, as `getrusage` would say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    peak = re.search(r"VmHWM:\s*([0-9]+) kB", status)
+    kilobytes = int(peak[1]) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * 1024
 
 
 class Budget:
