@@ -70,8 +70,15 @@ def unfinished(folder):
 
 
 def journaled(work):
-    """The files that the journal of an unfinished conversion names, by whole lines."""
-    content = (work / JOURNAL).read_bytes() if (work / JOURNAL).exists() else b""
+    """The files that the journal of an unfinished conversion names, by whole lines.
+
+    The journal goes before the folder is renamed; then the manifest says that every file is done.
+    """
+    try:
+        content = (work / JOURNAL).read_bytes()
+    except FileNotFoundError:
+        whole = (work / integrity.MANIFEST).exists()
+        return [path.name for path in work.glob("*.safetensors")] if whole else []
     return [json.loads(line)["file"] for line in content.split(b"\n")[1:-1]]
 
 
