@@ -147,10 +147,10 @@ def test_info_of_the_released_models(name, capsys):
     assert "456,089,655,296 (456.09 B)" in out
     assert "45,944,920,064 (45.94 B)" in out
     # 70 layers x 64 heads x 128 x 128 x 4 bytes; 10 layers x 2 x 8 heads x 128 x 2 bytes
-    assert "280.0 MiB fp32" in out
-    assert "40.0 KiB bf16" in out
-    # 40 KiB x 8192, 2^20 and 2^22 tokens, with the state
-    for tokens, total in (("8K", "600.0 MiB"), ("1M", "40.3 GiB"), ("4M", "160.3 GiB")):
+    assert "293.6 MB fp32" in out
+    assert "41.0 kB bf16" in out
+    # 40,960 bytes x 8192, 2^20 and 2^22 tokens, with the state
+    for tokens, total in (("8K", "629.1 MB"), ("1M", "43.2 GB"), ("4M", "172.1 GB")):
         line = next(line for line in out.splitlines() if f"a sequence of {tokens}" in line)
         assert total in line
     assert "10,240,000 tokens" in out

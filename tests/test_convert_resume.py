@@ -233,7 +233,7 @@ def test_no_room_is_said_beforehand(source, tmp_path, monkeypatch, capsys):
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     line = refused(capsys, source, tmp_path / "out", *options("orbax"))
-    assert "1.0 KB are free" in line
+    assert "1.0 kB are free" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -20,7 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mmx.convert.memory import parse_size, peak_resident, shown_size
+from mmx.convert.memory import parse_size, peak_resident
 
 if TYPE_CHECKING:
     from mmx.convert.plan import Plan
@@ -138,8 +139,8 @@ def _convert(plan: "Plan", options: Convert, destination: Path, max_ram: int) ->
     files = sum(1 for path in destination.rglob("*") if path.is_file())
     print(
         f"{options.dst}: {files:,} files, {plan.nbytes:,} bytes of tensors; wrote "
-        f"{shown_size(done)} in {seconds:.1f} s ({done / 1e9 / max(seconds, 1e-9):.2f} GB/s), "
-        f"peak memory {shown_size(peak_resident())}"
+        f"{decimal(done)} in {seconds:.1f} s ({done / 1e9 / max(seconds, 1e-9):.2f} GB/s), "
+        f"peak memory {decimal(peak_resident())}"
     )
     if compared:
         print(f"compared {compared:,} pieces with {options.src}: equal")
@@ -150,7 +151,7 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{folder}: needs {shown_size(needed)} more, and {shown_size(free)} are free; make "
+            f"{folder}: needs {decimal(needed)} more, and {decimal(free)} are free; make "
             "room and run the same again with --resume"
         )
 
@@ -194,11 +195,11 @@ def _dry_run(plan: "Plan", options: Convert, destination: Path) -> int:
     what = f"{len(plan.shards):,} files" if plan.shards else f"{len(plan.trees):,} Orbax trees"
     print(f"output: {plan.nbytes:,} bytes of tensors in {what}; {free:,} bytes are free")
     print(
-        f"memory: at least {shown_size(memory + piece)}, "
-        f"{shown_size(memory + 2 * workers * piece)} used where --max-ram allows it"
+        f"memory: at least {decimal(memory + piece)}, "
+        f"{decimal(memory + 2 * workers * piece)} used where --max-ram allows it"
     )
     if plan.nbytes > free:
-        print(f"note: {shown_size(plan.nbytes - free)} are wanting at {parent}")
+        print(f"note: {decimal(plan.nbytes - free)} are wanting at {parent}")
     return 0
 
 

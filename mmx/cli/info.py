@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from mmx.cli.source import config_of
@@ -45,20 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     table.add_row("longest sequence", f"{config.max_seq_len:,} tokens")
     table.add_row("parameters", f"{total:,} ({total / 1e9:.2f} B)")
     table.add_row("  active a token", f"{active:,} ({active / 1e9:.2f} B), no embedding or head")
-    table.add_row("  in bf16", _bytes(2 * total))
-    table.add_row("lightning state a sequence", f"{_bytes(state)} fp32, any length")
-    table.add_row("keys and values a token", f"{_bytes(per_token)} bf16")
+    table.add_row("  in bf16", decimal(2 * total))
+    table.add_row("lightning state a sequence", f"{decimal(state)} fp32, any length")
+    table.add_row("keys and values a token", f"{decimal(per_token)} bf16")
     for name, tokens in CONTEXTS.items():
-        keys = _bytes(per_token * tokens)
-        row = f"{_bytes(state + per_token * tokens)} = state + {keys}"
+        keys = decimal(per_token * tokens)
+        row = f"{decimal(state + per_token * tokens)} = state + {keys}"
         table.add_row(f"  a sequence of {name}", row)
     Console().print(table)
     return 0
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
-        number /= 1024
-    return f"{number:,.1f} TiB"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from mmx import integrity
-from mmx.convert.memory import shown_size
 from mmx.convert.source import ALLOWED, Source, open_source
 from mmx.model import count_params
 
@@ -77,14 +77,14 @@ def _tensor_rows(source: Source) -> Iterator[tuple[str, str]]:
         yield f"  in {name}", f"{count:,}"
     if source.carried:
         size = sum(stored.nbytes for stored in source.carried.values())
-        yield "carried along", f"{len(source.carried):,} tensors, {shown_size(size)}"
-    yield "tensors", f"{len(sizes):,}, {shown_size(sum(sizes.values()))}"
+        yield "carried along", f"{len(source.carried):,} tensors, {decimal(size)}"
+    yield "tensors", f"{len(sizes):,}, {decimal(sum(sizes.values()))}"
     for number, (name, size) in enumerate(sizes.most_common(LARGEST)):
-        yield "" if number else "  largest", f"{name}, {shown_size(size)}"
+        yield "" if number else "  largest", f"{name}, {decimal(size)}"
     shards = [file for file in source.files if file.suffix == ".safetensors"]
     if shards:
         size = sum(file.stat().st_size for file in shards)
-        yield "shards", f"{len(shards):,}, {shown_size(size)}"
+        yield "shards", f"{len(shards):,}, {decimal(size)}"
 
 
 def _faults(source: Source) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from mmx import integrity
+from mmx.convert.compare import bits
 from mmx.convert.mapping import Entry
 from mmx.convert.plan import Plan
 from mmx.convert.source import Source, open_source, row_ranges
@@ -86,18 +87,8 @@ def _compare(source: Source, output: Source, part: _Part, folder: Path) -> None:
     else:
         wanted, seen = source.read_carried(what, index), output.read_carried(what, index)
         name = what
-    if not same_bits(wanted, seen):
+    if wanted.dtype != seen.dtype or not np.array_equal(bits(wanted), bits(seen)):
         raise ValueError(
             f"{folder}: {name} differs from {source.folder}, rows {rows and rows.start} on; "
             "check memory and disk, remove the folder and convert again"
         )
-
-
-def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two arrays have one dtype and the same bits; NaNs are compared as bits, too."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    if left.dtype.itemsize not in (1, 2, 4, 8):
-        return left.tobytes() == right.tobytes()
-    bits = f"u{left.dtype.itemsize}"
-    return np.array_equal(left.view(bits), right.view(bits))

@@ -11,8 +11,6 @@ from mmx.convert import mapping
 from mmx.convert.mapping import Entry
 from mmx.convert.source import Source, Stored, row_ranges
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -134,7 +132,7 @@ class _Found:
 
     def add(self, ours: np.ndarray, theirs: np.ndarray) -> None:
         self.total += ours.size
-        same = _bits(ours) == _bits(theirs) if ours.dtype == theirs.dtype else _equal(ours, theirs)
+        same = bits(ours) == bits(theirs) if ours.dtype == theirs.dtype else _equal(ours, theirs)
         if np.all(same):
             return
         self.count += ours.size - int(np.count_nonzero(same))
@@ -151,11 +149,9 @@ class _Found:
         return Difference(key, what, self.largest)
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits(array: np.ndarray) -> np.ndarray:
     """The elements as integers, so that NaN equals itself and 0 differs from -0."""
-    if array.dtype.itemsize not in _UNSIGNED:
-        return array
-    return array.view(_UNSIGNED[array.dtype.itemsize])
+    return array.view(f"u{array.dtype.itemsize}")
 
 
 def _equal(ours: np.ndarray, theirs: np.ndarray) -> Any:

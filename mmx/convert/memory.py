@@ -25,15 +25,6 @@ def parse_size(text: str, name: str) -> int:
     return size
 
 
-def shown_size(size: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def resident() -> int:
     """Bytes of memory this process holds now."""
     try:

@@ -28,6 +28,7 @@ from mmx.convert.chunks import DTYPES, ArrayLayout, choose_chunk
 from mmx.convert.orbax_reader import TreeReader, file_name
 from mmx.convert.transposing import to_contiguous
 from mmx.convert.zarr_description import zarr2_dtype
+from mmx.integrity import sync
 
 __all__ = ["ArrayLayout", "ChunkFile", "TreeReader", "TreeWriter", "choose_chunk", "to_contiguous"]
 
@@ -151,7 +152,7 @@ class TreeWriter:
             self._write(file, np.frombuffer(content, np.uint8))
             for file, content in documents.items()
         ]
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         return files
 
     def _write(self, file: str, data: np.ndarray) -> ChunkFile:
@@ -173,7 +174,7 @@ class TreeWriter:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync(path.parent)
+        sync(path.parent)
         return ChunkFile(file, len(content), digest.hexdigest())
 
 
@@ -239,12 +240,3 @@ def _tree_metadata(arrays: Mapping[str, ArrayLayout]) -> dict[str, Any]:
 
 def _encode(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document).encode()
-
-
-def _sync(folder: Path) -> None:
-    """Force the entries of a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

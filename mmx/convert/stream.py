@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.filesize import decimal
 
 from mmx import integrity
 from mmx.convert.checkpoint import INDEX
 from mmx.convert.documents import read_carried
-from mmx.convert.memory import Budget, resident, shown_size
+from mmx.convert.memory import Budget, resident
 from mmx.convert.orbax_store import TreeWriter
 from mmx.convert.pieces import Piece, carried_pieces, chunk_piece, tensor_pieces
 from mmx.convert.plan import Plan
@@ -77,8 +78,8 @@ def machine(plan: Plan, max_ram: int, workers: int) -> Machine:
     if max_ram - held < largest:
         least = -(-(held + largest) // (1 << 20)) + 16  # the process grows a little meanwhile
         raise ValueError(
-            f"--max-ram {shown_size(max_ram)} is too little: the program itself takes "
-            f"{shown_size(held)} and a piece {shown_size(largest)}; give at least {least}MiB"
+            f"--max-ram {decimal(max_ram)} is too little: the program itself takes "
+            f"{decimal(held)} and a piece {decimal(largest)}; give at least {least}MiB"
         )
     return Machine(max_ram - held, workers)
 

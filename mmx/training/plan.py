@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.filesize import decimal
 
 from mmx.config import ModelConfig
 from mmx.model import count_params
@@ -80,7 +81,7 @@ def opening_rows(plan: Plan, folder: Path, step: int) -> list[tuple[str, str]]:
         ("parameters", f"{total:,} ({active:,} a token, without embedding and head)"),
         ("width, experts", f"{plan.config.embed_dim}, {plan.config.num_experts} x "
                            f"{plan.config.expert_dim}, {plan.config.num_experts_per_tok} a token"),
-        ("memory without activations", f"about {per_parameter * total / 2**30:.2f} GiB in all"),
+        ("memory without activations", f"about {decimal(per_parameter * total)} in all"),
         ("sequence, micro-batch", f"{plan.seq_len:,} tokens, {plan.rows} rows, at most "
                                   f"{plan.batches.max_accumulation} a step"),
         ("steps", f"{plan.steps:,}, saved every {plan.save_every:,}"),
