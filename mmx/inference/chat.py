@@ -6,16 +6,22 @@ A template is a program of somebody else. It runs in jinja2's sandbox in a proce
 
 import json
 import math
+import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
+from mmx.config import ModelConfig
 from mmx.convert.bounded import printable, read_text
 from mmx.convert.checkpoint import plain_file, read_json
 from mmx.data.tokenizer import BEGIN, END
+from mmx.inference.text import encode, normalize
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 MAX_TEMPLATE = 1 << 20  # bytes
@@ -23,6 +29,8 @@ MAX_MESSAGES = 10_000
 MAX_TEXT = 16 << 20  # characters of all messages, and of what is rendered
 _MEMORY = 1 << 30  # bytes of the process that renders
 _WORKER = Path(__file__).with_name("chat_worker.py")
+# A template may make a token's name of a role, as <|user|>: no other words get that far.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # The headers of MiniMax-Text-01 and MiniMax-VL-01, by role.
 _HEADERS = {
     "system": "system ai_setting=assistant",
@@ -82,7 +90,7 @@ def render_chat(
     max_characters: int = MAX_TEXT,
     seconds: float = 5.0,
 ) -> str:
-    """The prompt of a conversation; encode it with `add_special_tokens=False`.
+    """The text of a conversation; `encode_chat` makes ids of it.
 
     Args:
       template: see `load_chat_template`.
@@ -119,6 +127,147 @@ def render_chat(
         reason = printable(" ".join(answer["error"].split()))
         raise ValueError(f"{template.file}: the chat template fails ({reason})")
     return answer["text"]
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    config: ModelConfig,
+    *,
+    max_characters: int = MAX_TEXT,
+    seconds: float = 5.0,
+) -> list[int]:
+    """Ids of a conversation up to the answer; its control tokens come from the template alone.
+
+    They are those of the rendered text as a whole, unless a message would add a control token to
+    it by a name or a part of one. Then the template's text and such messages are encoded apart,
+    and a name in a message is text like any other.
+
+    Args:
+      template, messages, max_characters, seconds: see `render_chat`; a template is rendered once
+        more where a message looks as if it named a control token.
+      tokenizer, config: see `mmx.inference.text.encode`.
+
+    Raises:
+      ValueError: as `render_chat` and `encode`; a role that is not known; a message that names a
+        control token where the template changes it, or where the tokenizer cannot write it as text.
+    """
+    plain = _checked(messages, max_characters)
+    for number, message in enumerate(plain):
+        if message["role"] not in ROLES:
+            role = printable(repr(message["role"]))
+            raise ValueError(f"message {number} has role {role}; it must be in {', '.join(ROLES)}")
+
+    def rendered(messages: Sequence[Mapping[str, Any]]) -> str:
+        return render_chat(template, messages, max_characters=max_characters, seconds=seconds)
+
+    def ids(text: str, names: Literal["tokens", "text"] = "tokens") -> list[int]:
+        most = 4 * max_characters  # a character has 4 bytes of UTF-8 at most
+        return encode(
+            tokenizer, text, config, add_special_tokens=False, names=names, max_bytes=most
+        )
+
+    text = rendered(plain)
+    whole = ids(text)
+    control = _control_tokens(template, tokenizer, config)
+    word = secrets.token_hex(16)
+    marked, taken = _marked(plain, tokenizer, control, word)
+    if not taken:
+        return whole
+    remedy = "write the name of that token in another way"
+    pieces = _pieces(text, re.split(f"{word}n([0-9]+)n", rendered(marked)), taken)
+    if pieces is None:
+        raise ValueError(
+            f"a message names a control token, and the chat template changes it; {remedy}"
+        )
+    made = [i for piece, ours in pieces if not ours for i in ids(piece) if i in control]
+    if made == [i for i in whole if i in control]:
+        return whole
+    apart = [ids(piece, "text" if ours else "tokens") for piece, ours in pieces]
+    if made != [i for part in apart for i in part if i in control]:
+        raise ValueError(
+            f"a message names a control token, and the tokenizer cannot write it as text; {remedy}"
+        )
+    return [i for part in apart for i in part]
+
+
+def _control_tokens(
+    template: ChatTemplate, tokenizer: Tokenizer, config: ModelConfig
+) -> dict[int, str]:
+    """Names by id of the tokens that no message may make."""
+    known = (template.bos_token, template.eos_token)
+    found = {
+        token: entry.content
+        for token, entry in tokenizer.get_added_tokens_decoder().items()
+        if entry.special or entry.content in known or token == config.eos_token_id
+    }
+    # What unknown characters become is any text's to make: two that no vocabulary has.
+    unknown = encode(tokenizer, "\U00012345\U0010ffff", config, add_special_tokens=False)
+    return {token: name for token, name in found.items() if token not in unknown}
+
+
+def _marked(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, control: Mapping[int, str], word: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages with placeholders for the texts that may make control tokens; and these texts.
+
+    Those hold a name, or begin or end with a part of one, which other text could complete.
+    """
+    names = {form for name in control.values() for form in (name, normalize(tokenizer, name))}
+    heads = {name[:end] for name in names for end in range(1, len(name))}
+    tails = {name[end:] for name in names for end in range(1, len(name))}
+    longest = max(map(len, names), default=0)
+    taken: list[str] = []
+
+    def mark(text: str) -> str:
+        for form in (text.strip(), normalize(tokenizer, text).strip()):
+            edges = range(1, min(longest, len(form)) + 1)
+            if any(name in form for name in names) or any(
+                form[:size] in tails or form[-size:] in heads for size in edges
+            ):
+                taken.append(text)
+                return f"{word}n{len(taken) - 1}n"
+        return text
+
+    marked = []
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        texts = [mark(text) for text in parts]
+        whole = isinstance(content, str)
+        new = texts[0] if whole else [{"type": "text", "text": text} for text in texts]
+        marked.append({**message, "content": new})
+    return marked, taken
+
+
+def _pieces(text: str, split: list[str], taken: list[str]) -> list[tuple[str, bool]] | None:
+    """A text as (piece, whether it is of a message), neighbours of one kind together.
+
+    Args:
+      text: as rendered.
+      split: the text with placeholders at these: a piece of the template, a number, a piece, ...
+      taken: texts by number. A template may have stripped them.
+
+    Returns:
+      None where the text is not that of the template with these texts.
+    """
+    if not text.startswith(split[0]):
+        return None
+    pieces, at = [(split[0], False)], len(split[0])
+    for number, after in zip(split[1::2], split[2::2], strict=True):
+        one = taken[int(number)]
+        forms = (one, one.strip(), one.lstrip(), one.rstrip())
+        form = next((form for form in forms if text.startswith(form + after, at)), None)
+        if form is None:
+            return None
+        at += len(form) + len(after)
+        if pieces[-1] == ("", False) and len(pieces) > 1:  # two texts side by side
+            pieces[-2:] = [(pieces[-2][0] + form, True)]
+        else:
+            pieces.append((form, True))
+        pieces.append((after, False))
+    return pieces if at == len(text) else None
 
 
 def _ask(question: dict[str, Any], seconds: float) -> dict[str, str]:

@@ -6,9 +6,11 @@ where it would raise. Every call into it goes through `_guarded`.
 
 import codecs
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders
 
@@ -20,6 +22,8 @@ TOKENIZER = "tokenizer.json"
 MAX_TOKENIZER = 64 << 20  # bytes
 MAX_PROMPT = 16 << 20  # bytes of UTF-8
 _UNKNOWN = "\ufffd"
+# What names of special tokens become is a switch of the tokenizer, which threads may share.
+_encoding = threading.Lock()
 _PENDING = 8  # tokens that may wait for the rest of a character, where bytes are not known
 
 
@@ -49,9 +53,10 @@ def encode(
     config: ModelConfig,
     *,
     add_special_tokens: bool = True,
+    names: Literal["tokens", "text"] = "tokens",
     max_bytes: int = MAX_PROMPT,
 ) -> list[int]:
-    """Ids of a prompt. Names of special tokens in it become these tokens.
+    """Ids of a prompt.
 
     Args:
       tokenizer: see `load_tokenizer`.
@@ -59,6 +64,7 @@ def encode(
       config: of the model; its vocabulary bounds the ids.
       add_special_tokens: put those around it that the tokenizer was made to put; not where a chat
         template has written them.
+      names: what names of special tokens in the text become: these tokens, or text like any other.
       max_bytes: of the text in UTF-8.
 
     Raises:
@@ -74,8 +80,9 @@ def encode(
         raise ValueError(f"the prompt has {size:,} bytes; it must have at most {max_bytes:,}")
 
     def call() -> list[int]:
-        tokenizer.encode_special_tokens = False
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with _encoding:
+            tokenizer.encode_special_tokens = names == "text"
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     ids = _guarded(call, "the tokenizer cannot encode the prompt")
     if ids and max(ids) >= config.vocab_size:
@@ -93,6 +100,18 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
       ValueError: the tokenizer fails on them.
     """
     return _guarded(lambda: tokenizer.decode(list(ids)), "the tokenizer cannot decode")
+
+
+def normalize(tokenizer: Tokenizer, text: str) -> str:
+    """What the tokenizer's normalizer makes of a text before anything else.
+
+    Raises:
+      ValueError: it fails.
+    """
+    normalizer = tokenizer.normalizer
+    if normalizer is None:
+        return text
+    return _guarded(lambda: normalizer.normalize_str(text), "the tokenizer cannot normalize")
 
 
 @dataclass
