@@ -1,19 +1,24 @@
 """The engine: recorded tokens, and requests that never see each other, bit for bit."""
 
+import dataclasses
 import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import truth
 from golden_cases import NAMES, golden
 from random_models import random_params, random_tokens, small_config
+from tokenizers import Tokenizer, decoders, models
 
+import mmx
 from mmx.inference import decoding
 from mmx.inference.decoding import PADDED, chunk_size
 from mmx.inference.engine import Engine
 from mmx.inference.pool import PoolShape, init_pool
 from mmx.inference.requests import Sampling
+from mmx.inference.text import TextStream
 
 CONFIG = small_config("ls", max_seq_len=1024)
 PARAMS = random_params(CONFIG, 0)
@@ -23,15 +28,27 @@ PAGE = 16
 class Poisoned(Engine):
     """What a request leaves behind is NaN: whoever reads it is found out."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        give = self.pages.give
+
+        def poisoning(pages):
+            freed = give(pages)
+            if freed:
+                at = np.array(freed)
+                keys, values = self.pool.key_pages, self.pool.value_pages
+                keys, values = (x.at[:, at].set(jnp.nan) for x in (keys, values))
+                self.pool = dataclasses.replace(self.pool, key_pages=keys, value_pages=values)
+            return freed
+
+        self.pages.give = poisoning
+
     def _release(self, request):
-        row, pages = request.row, list(request.pages)
+        row = request.row
         super()._release(request)
-        states, keys, values = vars(self.pool).values()
         if row >= 0:
-            states = states.at[:, row].set(jnp.nan)
-        if pages:
-            keys, values = (x.at[:, np.array(pages)].set(jnp.nan) for x in (keys, values))
-        self.pool = type(self.pool)(states, keys, values)
+            states = self.pool.lightning_states.at[:, row].set(jnp.nan)
+            self.pool = dataclasses.replace(self.pool, lightning_states=states)
 
 
 def make(kind=Engine, **options):
@@ -47,7 +64,8 @@ def test_recorded_tokens(name):
     results = engine.generate(prompts, max_new_tokens=recorded.shape[1], ignore_eos=True)
     np.testing.assert_array_equal([result.tokens for result in results], recorded)
     assert engine.idle
-    assert len(engine._free_pages) == engine.pool.num_pages
+    engine.snapshots.clear()
+    assert engine.pages.free == engine.pool.num_pages
 
 
 # ---------------------------------------------------------------- isolation
@@ -116,20 +134,47 @@ def test_random_schedules(alone, part):
                 assert tuple(tokens) == whole[: len(tokens)]
             else:
                 assert tuple(tokens) == whole
-        assert sorted(engine._free_pages) == list(range(10))
+        assert engine.pages.free == 10
         assert engine._free_rows == list(range(4))
     assert away >= 10, "hardly anybody was sent away"
 
 
-def test_no_program_is_compiled_after_the_first_of_its_kind(alone):
-    engine = make(Poisoned, pages=16, decode_steps=2)
+@pytest.fixture
+def compiled():
+    """Names of what is compiled while the list is watched."""
+    seen = []
+
+    def note(event, duration, **unused):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_in_ten_thousand_steps_after_the_first_of_each_kind(alone, compiled):
+    engine = make(pages=16, decode_steps=8)
+    dispatched = 0
+    decode = engine._decode
+
+    def count():
+        nonlocal dispatched
+        done = decode()
+        dispatched += done
+        return done
+
+    engine._decode = count
     chance = random.Random(9)
     for _ in range(20):
         run_schedule(engine, alone, chance)
-    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
-    for _ in range(20):
+    assert compiled  # the list is alive
+    compiled.clear()
+    before = dispatched
+    while (dispatched - before) * engine.decode_steps < 10_000:
         run_schedule(engine, alone, chance)
-    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
+    assert compiled == []
 
 
 # ---------------------------------------------------------------- bits of the logits
@@ -188,6 +233,96 @@ def test_chunks_are_few_and_cover_the_prompt():
     assert sizes == {*PADDED, 512, 1024, 2048}
 
 
+# ---------------------------------------------------------------- log-probabilities and text
+
+
+def test_log_probabilities_are_those_of_training(alone):
+    """Of the model itself, whatever the filters, and of as many tokens as were asked for."""
+    engine = make()
+    asked = [3, 0, 20, None]
+    samplings = [
+        Sampling(max_new_tokens=24, temperature=1.5, top_k=9, seed=i, logprobs=n)
+        for i, n in enumerate(asked)
+    ]
+    prompts = [alone[i][0] for i in range(4)]
+    results = engine.generate(prompts, samplings)
+    assert results[3].logprobs is None
+    ours, truths = [], []
+    for prompt, count, result in zip(prompts, asked, results, strict=True):
+        if count is None:
+            continue
+        whole = np.array([[*prompt, *result.tokens]])
+        logits = truth.forward(PARAMS, whole, CONFIG).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        assert len(result.logprobs) == len(result.tokens)
+        for row, token, seen in zip(logprobs, result.tokens, result.logprobs, strict=True):
+            assert seen.token == token
+            ours.append(seen.logprob)
+            truths.append(row[token])
+            order = np.argsort(-row)[:count]
+            assert [i for i, _ in seen.top] == order.tolist()
+            np.testing.assert_allclose([value for _, value in seen.top], row[order], atol=1e-5)
+    # fp32 against float64: logits of size 3 differ by 1e-6.
+    np.testing.assert_allclose(ours, truths, atol=1e-5)
+    assert np.corrcoef(ours, truths)[0, 1] >= 0.999
+    trained = mmx.forward(PARAMS, whole, CONFIG).logits[0, len(prompts[2]) - 1 : -1]
+    trained = np.asarray(jax.nn.log_softmax(trained))[np.arange(24), list(results[2].tokens)]
+    np.testing.assert_allclose(ours[-24:], trained, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One whose every byte is a token; the model knows 40 of the ids."""
+    letters = sorted("abcdefghijklmnopqrstuvwxyz .,!?ABCDEFGHI")
+    made = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="a"))
+    made.decoder = decoders.Fuse()
+    return made
+
+
+def test_text_and_stop_strings(alone, tokenizer):
+    prompt = alone[0][0]
+    free = make(tokenizer=tokenizer).generate([prompt], max_new_tokens=30)[0]
+    assert free.text == tokenizer.decode(list(free.tokens))
+    assert len(free.text) == 30
+    stop = free.text[11:14]  # three tokens
+    at = free.text.index(stop)
+    engine = make(tokenizer=tokenizer, decode_steps=7)  # the end lies inside a dispatch
+    samplings = [Sampling(max_new_tokens=30, stop=(stop,)), Sampling(max_new_tokens=30)]
+    stopped, beside = engine.generate([prompt, prompt], samplings)
+    assert stopped.text == free.text[:at]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: at + 3]
+    assert beside == free
+    ended = engine.generate([prompt], max_new_tokens=30, stop_ids=(free.tokens[5],))[0]
+    first = free.tokens.index(free.tokens[5])
+    assert ended.text == free.text[:first]
+    with pytest.raises(ValueError, match="stop: strings need an Engine with a tokenizer"):
+        make().submit(prompt, samplings[0])
+
+
+def test_a_tokenizer_that_fails_ends_its_request_alone(alone, tokenizer, monkeypatch):
+    engine = make(tokenizer=tokenizer)
+    push = TextStream.push
+    broken = []
+
+    def fail(self, ids):
+        if self is broken[0]:
+            raise ValueError("the tokenizer cannot decode (it is broken)")
+        return push(self, ids)
+
+    monkeypatch.setattr(TextStream, "push", fail)
+    numbers = [engine.submit(alone[i][0], Sampling(max_new_tokens=5)) for i in range(2)]
+    broken.append(engine._waiting[0].text)
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    first = [event for event in events if event.request == numbers[0]]
+    assert [(e.finish_reason, e.error) for e in first] == [
+        ("error", "the tokenizer cannot decode (it is broken)")
+    ]
+    assert len([event for event in events if event.request == numbers[1]]) == 5
+
+
 # ---------------------------------------------------------------- requests
 
 
@@ -208,7 +343,7 @@ def test_cancelling_frees_everything_at_once(alone):
         events = engine.cancel(number)
         assert [event.finish_reason for event in events] in ([], ["cancelled"])
     assert engine.idle
-    assert len(engine._free_pages) == engine.pool.num_pages
+    assert engine.pages.free == engine.pool.num_pages
     assert engine.cancel(numbers[0]) == []
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from mmx.config import ModelConfig
 from mmx.inference.pool import Pool
-from mmx.inference.rows import Chosen, Rows, choose
+from mmx.inference.rows import Chosen, Rows, choose, nothing_chosen
 from mmx.model import Params, trunk, unembed
 from mmx.nn.block import Execution
 from mmx.nn.memory import Pages
@@ -92,11 +92,16 @@ def decode(
     """Read each running row's last token and choose its next one, several times.
 
     Rows that do not run keep every bit of their memory, and whatever that holds reaches no other.
+    The steps end early where no row runs any more.
     """
     execution = Execution(implementation=implementation)
 
-    def step(carry: tuple[Pool, Rows], _) -> tuple[tuple[Pool, Rows], Chosen]:
-        pool, rows = carry
+    def unfinished(carry) -> jax.Array:
+        i, _, rows, _ = carry
+        return (i < steps) & jnp.any(rows.active)
+
+    def step(carry):
+        i, pool, rows, chosen = carry
         sequence = Sequence(
             segment_ids=rows.active.astype(jnp.int32)[:, None],
             positions=rows.positions[:, None],
@@ -107,9 +112,12 @@ def decode(
         tokens = jnp.where(rows.active, rows.tokens, 0)[:, None]
         x, memory, _, _ = trunk(params, tokens, config, sequence, memory, execution)
         assert memory is not None
-        logits = unembed(params, x, config)[:, 0]
-        rows, chosen = choose(rows, logits)
-        return (Pool(memory.lightning_states, memory.key_pages, memory.value_pages), rows), chosen
+        rows, new = choose(rows, unembed(params, x, config)[:, 0])
+        pool = Pool(memory.lightning_states, memory.key_pages, memory.value_pages)
+        return i + 1, pool, rows, jax.tree.map(lambda all, one: all.at[i].set(one), chosen, new)
 
-    (pool, rows), chosen = jax.lax.scan(step, (pool, rows), length=steps)
+    nothing = nothing_chosen(steps, rows.tokens.size, config.vocab_size)
+    _, pool, rows, chosen = jax.lax.while_loop(
+        unfinished, step, (jnp.int32(0), pool, rows, nothing)
+    )
     return pool, rows, chosen

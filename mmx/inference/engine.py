@@ -1,23 +1,28 @@
 """Continuous batching: many requests, two compiled programs, no request that sees another.
 
-Each `step` reads one chunk of one prompt and takes some decode steps of all running rows. Requests
-come in the order they were submitted, as far as rows and pages last. When pages run out the
-youngest row is moved to the host with its state, bit for bit, and comes back before anybody new.
+Each `step` sends off one chunk of one prompt and some decode steps of all running rows, and then
+looks at what the step before has given, so that the device need not wait for the host. Requests
+come in the order they were submitted, as far as rows and pages last. When pages run out, kept
+prefixes go first; then the youngest row is moved to the host with its state, bit for bit, and comes
+back before anybody new.
 """
 
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer
 
 from mmx.config import ModelConfig
 from mmx.inference.decoding import PADDED, chunk_size, decode, prefill
-from mmx.inference.pool import Pool, PoolShape, RowMemory, init_pool, pool_bytes, put_back, take_out
+from mmx.inference.live import Live
+from mmx.inference.page_store import PageStore
+from mmx.inference.pool import Pool, PoolShape, RowMemory, init_pool, put_back, take_out
 from mmx.inference.requests import (
+    Event,
     FinishReason,
     Result,
     Sampling,
@@ -27,7 +32,6 @@ from mmx.inference.requests import (
 from mmx.inference.rows import (
     MAX_STOP_IDS,
     Chosen,
-    Rows,
     choose_first,
     deactivate,
     empty_rows,
@@ -35,44 +39,13 @@ from mmx.inference.rows import (
     set_pages,
     set_row,
 )
+from mmx.inference.snapshots import Snapshots
+from mmx.inference.text import TextStream
 from mmx.model import Params
-
-State = Literal["waiting", "reading", "running", "away"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One token of one request, or its end.
-
-    Attributes:
-      request: its number.
-      token: None where the request ended without another one.
-      finish_reason: of the last event.
-    """
-
-    request: int
-    token: int | None
-    finish_reason: FinishReason | None = None
-
-
-@dataclass
-class _Request:
-    number: int
-    prompt: np.ndarray
-    sampling: Sampling
-    state: State = "waiting"
-    row: int = -1
-    pages: list[int] = field(default_factory=list)
-    length: int = 0  # tokens whose keys and values are in the pages
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    memory: RowMemory | None = None  # while away
-    place: Rows | None = None  # while away: its entries of the batch
-    finish_reason: FinishReason | None = None
 
 
 class Engine:
-    """Serves requests of token ids with one model on one device.
+    """Serves requests of token ids with one model.
 
     Args:
       config, params: of the model.
@@ -83,6 +56,9 @@ class Engine:
       page_size: tokens a page.
       chunk: tokens of a prompt that are read at once, a power of two of at least 256.
       decode_steps: steps of a dispatch; more cost less a token and make newcomers wait longer.
+      kv_dtype: of keys and values; that of the embedding when None, bf16 or float8_e4m3fn less.
+      snapshots: prefixes of prompts that are kept for later ones; see `Snapshots`.
+      tokenizer: turns tokens into text; without one there is neither text nor stop strings.
       implementation: of the kernels.
 
     Raises:
@@ -100,13 +76,19 @@ class Engine:
         page_size: int = 256,
         chunk: int = 2048,
         decode_steps: int = 4,
+        kv_dtype: jnp.dtype | None = None,
+        snapshots: int = 8,
+        tokenizer: Tokenizer | None = None,
         implementation: str | None = None,
     ):
         self.config, self.params, self.implementation = config, params, implementation
+        self.tokenizer = tokenizer
         asked = dict(rows=rows, pages=pages, page_size=page_size, decode_steps=decode_steps)
         for name, value in asked.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if snapshots < 0:
+            raise ValueError(f"snapshots is {snapshots}; it must be 0 or more")
         longest = min(max_seq_len or config.max_seq_len, config.max_seq_len)
         self.row_pages = -(-longest // page_size)
         if pages is None:
@@ -115,17 +97,19 @@ class Engine:
             raise ValueError(f"chunk is {chunk}; it must be a power of two of at least 256")
         self.max_seq_len = min(longest, pages * page_size)
         self.chunk, self.decode_steps = chunk, decode_steps
-        dtype = params["embed"]["embedding"].dtype
-        shape = PoolShape(rows, pages, page_size, dtype)
-        self.pool: Pool = init_pool(config, shape)
-        self.pool_bytes = pool_bytes(config, shape)
+        dtype = jnp.dtype(kv_dtype or params["embed"]["embedding"].dtype)
+        self.pool: Pool = init_pool(config, PoolShape(rows, pages, page_size, dtype))
         self.rows = empty_rows(config, rows, self.row_pages)
+        self.pages = PageStore(pages)
+        self.snapshots = Snapshots(config, snapshots, self.pages, page_size, dtype.itemsize)
         self._free_rows = list(range(rows))
-        self._free_pages = list(range(pages))
         self._numbers = itertools.count()
-        self._waiting: deque[_Request] = deque()
-        self._away: deque[_Request] = deque()
-        self._at_work: list[_Request] = []  # in the order they were let in
+        self._waiting: deque[Live] = deque()
+        self._away: deque[Live] = deque()
+        self._at_work: list[Live] = []  # in the order they were let in
+        # What was sent off and not looked at: whose column each is, and the result to be.
+        self._under_way: deque[tuple[list[tuple[Live, int]], Chosen]] = deque()
+        self._events: list[Event] = []
 
     # ------------------------------------------------------------ requests
 
@@ -133,13 +117,16 @@ class Engine:
         """Queue a request; its number.
 
         Raises:
-          ValueError: an empty prompt, ids out of range, options out of range, or more tokens than
-            there can be room for, with the number there is.
+          ValueError: an empty prompt, ids out of range, options out of range, stop strings without
+            a tokenizer, or more tokens than there can be room for, with the number there is.
         """
         sampling = sampling or Sampling()
         sampling.check(self.config)
-        if len(sampling.end_ids(self.config)) > MAX_STOP_IDS:
+        ends = sampling.end_ids(self.config)
+        if len(ends) > MAX_STOP_IDS:
             raise ValueError(f"stop_ids: at most {MAX_STOP_IDS}, the end token included")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop: strings need an Engine with a tokenizer; give stop_ids")
         prompt = check_prompt(tokens, self.config)
         total = prompt.size + sampling.max_new_tokens
         if total > self.max_seq_len:
@@ -147,7 +134,8 @@ class Engine:
                 f"a prompt of {prompt.size} tokens and max_new_tokens={sampling.max_new_tokens} "
                 f"are {total} tokens; there is room for {self.max_seq_len} together"
             )
-        request = _Request(next(self._numbers), prompt, sampling)
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop)
+        request = Live(next(self._numbers), prompt, sampling, frozenset(ends), text)
         self._waiting.append(request)
         return request.number
 
@@ -155,35 +143,29 @@ class Engine:
         """End a request now and free what it holds; nothing where it has ended already."""
         for request in [*self._at_work, *self._waiting, *self._away]:
             if request.number == number:
-                for queue in (self._waiting, self._away):
-                    if request in queue:
-                        queue.remove(request)
-                return self._end(request, "cancelled")
+                self._end(request, "cancelled")
+                return [Event(number, None, finish_reason="cancelled")]
         return []
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._at_work or self._waiting or self._away)
+        return not (self._at_work or self._waiting or self._away or self._events)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests at work, and requests that wait for room."""
+        return len(self._at_work), len(self._waiting) + len(self._away)
 
     def step(self) -> list[Event]:
-        """Let in whom there is room for, read a chunk of a prompt, decode; what came of it."""
+        """Let in whom there is room for, send off a chunk and decode steps; what came of before."""
         self._let_in()
-        events: list[Event] = []
         reading = next((r for r in self._at_work if r.state == "reading"), None)
         if reading is not None:
-            events += self._read(reading)
-        if any(r.state == "running" for r in self._at_work):
-            self._make_room()
-            self.pool, self.rows, chosen = decode(
-                self.params,
-                self.pool,
-                self.rows,
-                config=self.config,
-                steps=self.decode_steps,
-                implementation=self.implementation,
-            )
-            events += self._deliver(jax.device_get(chosen))
+            self._read(reading)
+        # The device works on what was just sent off while the host looks at the rest.
+        self._look(leave=1 if self._decode() else 0)
+        events, self._events = self._events, []
         return events
 
     # ------------------------------------------------------------ whole answers
@@ -222,20 +204,24 @@ class Engine:
           sampling: for all, or one for each; or the fields of `Sampling` as keywords.
 
         Raises:
-          ValueError: as `submit`.
+          ValueError: as `submit`; or the tokenizer fails on a token.
         """
         if sampling is not None and options:
             raise ValueError("give either a Sampling or its fields, not both")
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons: list[FinishReason] = ["length"] * len(prompts)
+        got: list[list[Event]] = [[] for _ in prompts]
         for index, event in self.stream(prompts, sampling or Sampling(**options)):
-            if event.token is not None:
-                tokens[index].append(event.token)
-            reasons[index] = event.finish_reason or reasons[index]
-        return [
-            Result(tuple(ids), None, reason, None)
-            for ids, reason in zip(tokens, reasons, strict=True)
-        ]
+            if event.error:
+                raise ValueError(event.error)
+            got[index].append(event)
+        return [self._result(events) for events in got]
+
+    def _result(self, events: list[Event]) -> Result:
+        tokens = tuple(e.token for e in events if e.token is not None)
+        logprobs: tuple[TokenLogprob, ...] = tuple(e.logprob for e in events if e.logprob)
+        reason = events[-1].finish_reason
+        assert reason is not None
+        text = None if self.tokenizer is None else "".join(e.text for e in events)
+        return Result(tokens, logprobs or None, reason, text)
 
     # ------------------------------------------------------------ rows and pages
 
@@ -244,53 +230,70 @@ class Engine:
         while self._free_rows and (self._away or self._waiting):
             queue = self._away or self._waiting
             request = queue[0]
+            prefix = None
+            if queue is self._waiting:
+                prefix = self.snapshots.find(request.prompt)
+                if prefix is not None:
+                    self.pages.share(prefix.pages)
+                    request.pages = list(prefix.pages)
             # Room for what is known, and a page to grow: or it would be sent away at once.
-            known = request.length if queue is self._away else request.prompt.size
-            if not self._take_pages(request, known + self.decode_steps):
-                return
+            known = request.reach if queue is self._away else request.prompt.size
+            while not self._take_pages(request, known + self.decode_steps):
+                if not self.snapshots.evict(spare=prefix):
+                    self.pages.give(request.pages)
+                    request.pages = []
+                    return
             queue.popleft()
             request.row = self._free_rows.pop(0)
             self._at_work.append(request)
-            if request.memory is None:
-                request.state = "reading"
-            else:
+            if request.memory is not None:
                 self._bring_back(request)
+                continue
+            request.state, request.read = "reading", 0
+            if prefix is not None:
+                self.pool = self.snapshots.begin(self.pool, request.row, prefix)
+                request.read = prefix.tokens
 
-    def _take_pages(self, request: _Request, tokens: int) -> bool:
+    def _take_pages(self, request: Live, tokens: int) -> bool:
         """Give a request the pages for so many tokens; False, and nothing, where they are short."""
         wanted = min(-(-tokens // self.pool.page_size), self.row_pages) - len(request.pages)
-        if wanted > len(self._free_pages):
-            return False
-        for _ in range(wanted):
-            request.pages.append(self._free_pages.pop())
-        return True
+        taken = self.pages.take(max(wanted, 0))
+        request.pages += taken or []
+        return taken is not None
 
     def _make_room(self) -> None:
-        """Pages for the next steps of every running row; the youngest make way."""
+        """Pages for the next steps of every row that decodes; prefixes and the youngest make way.
+
+        Before anybody is sent away all results are looked at: they may end requests.
+        """
         for request in list(self._at_work):
-            if request.state != "running":
+            if not request.decodes:
                 continue
             had = len(request.pages)
             last = request.prompt.size + request.sampling.max_new_tokens
-            while not self._take_pages(request, min(request.length + self.decode_steps, last)):
-                youngest = self._at_work[-1]
-                self._send_away(youngest)
-                if youngest is request:
-                    break
-            if request.state == "running" and len(request.pages) > had:
+            while request.decodes and not self._take_pages(
+                request, min(request.reach + self.decode_steps, last)
+            ):
+                if self.snapshots.evict():
+                    continue
+                if self._under_way:
+                    self._look(leave=0)
+                    continue
+                self._send_away(self._at_work[-1])
+            if request.decodes and len(request.pages) > had:
                 self.rows = set_pages(self.rows, request.row, self._page_row(request))
 
-    def _page_row(self, request: _Request) -> np.ndarray:
+    def _page_row(self, request: Live) -> np.ndarray:
         row = np.zeros(self.row_pages, np.int32)
         row[: len(request.pages)] = request.pages
         return row
 
-    def _send_away(self, request: _Request) -> None:
+    def _send_away(self, request: Live) -> None:
         """Copy a row's memory to the host and give up row and pages."""
         if request.state == "reading":
             # Nothing was chosen yet: it begins anew.
             self._release(request)
-            request.state, request.length = "waiting", 0
+            request.state = "waiting"
             self._waiting.appendleft(request)
             return
         request.memory = take_out(self.pool, request.row, request.pages)
@@ -299,7 +302,7 @@ class Engine:
         request.state = "away"
         self._away.append(request)
 
-    def _bring_back(self, request: _Request) -> None:
+    def _bring_back(self, request: Live) -> None:
         assert request.memory is not None
         assert request.place is not None
         held = request.memory.keys.shape[1]
@@ -318,30 +321,32 @@ class Engine:
         request.memory = request.place = None
         request.state = "running"
 
-    def _release(self, request: _Request) -> None:
+    def _release(self, request: Live) -> None:
         """Give up row and pages; whatever they hold reaches nobody."""
         if request.row >= 0:
             self.rows = deactivate(self.rows, request.row)
             self._free_rows.append(request.row)
             self._free_rows.sort()
             self._at_work.remove(request)
-        self._free_pages += reversed(request.pages)
+        self.pages.give(request.pages)
         request.row, request.pages = -1, []
 
-    def _end(self, request: _Request, reason: FinishReason) -> list[Event]:
+    def _end(self, request: Live, reason: FinishReason) -> None:
+        for queue in (self._waiting, self._away):
+            if request in queue:
+                queue.remove(request)
         self._release(request)
-        request.finish_reason = reason
-        return [Event(request.number, None, reason)]
+        request.reason = reason
 
     # ------------------------------------------------------------ the programs
 
-    def _read(self, request: _Request) -> list[Event]:
-        """The next chunk of a prompt; after the last one, its first token."""
-        left = request.prompt.size - request.length
+    def _read(self, request: Live) -> None:
+        """Send off the next chunk of a prompt; with the last one, the choice of a first token."""
+        left = request.prompt.size - request.read
         size = chunk_size(left, self.chunk)
         count = min(size, left)
         tokens = np.zeros(size, np.int32)
-        tokens[:count] = request.prompt[request.length : request.length + count]
+        tokens[:count] = request.prompt[request.read : request.read + count]
         self.pool, logits = prefill(
             self.params,
             self.pool,
@@ -349,48 +354,53 @@ class Engine:
             np.int32(count),
             np.int32(request.row),
             self._page_row(request),
-            np.int32(request.length),
+            np.int32(request.read),
             config=self.config,
             implementation=self.implementation,
         )
-        request.length += count
-        if request.length < request.prompt.size:
-            return []
-        request.state = "running"
+        request.read += count
+        self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
+        if request.read < request.prompt.size:
+            return
         row = new_row(request.prompt, request.sampling, self.config, self.row_pages)
         row, chosen = choose_first(row, logits)
         self.rows = set_row(self.rows, request.row, row)
         self.rows = set_pages(self.rows, request.row, self._page_row(request))
-        chosen = jax.device_get(chosen)
-        return self._deliver_token(
-            request, int(chosen.tokens[0]), float(chosen.logprobs[0]), bool(chosen.running[0])
-        )
+        request.state, request.issued = "running", 1
+        self._under_way.append(([(request, 0)], chosen))
 
-    def _deliver(self, chosen: Chosen) -> list[Event]:
-        events: list[Event] = []
-        running = [r for r in self._at_work if r.state == "running"]
-        for step in range(chosen.tokens.shape[0]):
-            for request in running:
-                if request.row < 0 or not chosen.valid[step, request.row]:
-                    continue
-                request.length += 1
-                events += self._deliver_token(
-                    request,
-                    int(chosen.tokens[step, request.row]),
-                    float(chosen.logprobs[step, request.row]),
-                    bool(chosen.running[step, request.row]),
-                )
-        return events
-
-    def _deliver_token(
-        self, request: _Request, token: int, logprob: float, running: bool
-    ) -> list[Event]:
-        request.tokens.append(token)
-        request.logprobs.append(TokenLogprob(token, logprob))
-        if running:
-            return [Event(request.number, token)]
-        reason: FinishReason = (
-            "stop" if token in request.sampling.end_ids(self.config) else "length"
+    def _decode(self) -> bool:
+        """Send off the next steps of all rows that decode; False where there are none."""
+        if any(request.decodes for request in self._at_work):
+            self._make_room()
+        ours = [request for request in self._at_work if request.decodes]
+        if not ours:
+            return False
+        self.pool, self.rows, chosen = decode(
+            self.params,
+            self.pool,
+            self.rows,
+            config=self.config,
+            steps=self.decode_steps,
+            implementation=self.implementation,
         )
-        self._end(request, reason)
-        return [Event(request.number, token, reason)]
+        for request in ours:
+            most = request.sampling.max_new_tokens
+            request.issued = min(request.issued + self.decode_steps, most)
+        self._under_way.append(([(request, request.row) for request in ours], chosen))
+        return True
+
+    def _look(self, *, leave: int) -> None:
+        """Wait for results, the oldest first, and make events of them; leave the last so many."""
+        while len(self._under_way) > leave:
+            places, chosen = self._under_way.popleft()
+            chosen = jax.device_get(chosen)
+            for step in range(chosen.tokens.shape[0]):
+                for request, column in places:
+                    # One that has ended meanwhile gets no more.
+                    if request.reason is not None or not chosen.valid[step, column]:
+                        continue
+                    event = request.event(chosen, step, column)
+                    self._events.append(event)
+                    if event.finish_reason is not None:
+                        self._end(request, event.finish_reason)

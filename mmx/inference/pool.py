@@ -5,6 +5,7 @@ and of one size whatever the length; its keys and values are in pages of `page_s
 sequence grows without a copy and without another program.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -51,12 +52,10 @@ class PoolShape:
 
 def init_pool(config: ModelConfig, shape: PoolShape) -> Pool:
     """An empty pool."""
-    lightning = config.layer_kinds.count("lightning")
-    heads, dim = config.num_heads, config.head_dim
-    softmax = config.num_layers - lightning
-    kv_shape = (softmax, shape.pages, shape.page_size, config.num_kv_heads, dim)
+    softmax = config.layer_kinds.count("softmax")
+    kv_shape = (softmax, shape.pages, shape.page_size, config.num_kv_heads, config.head_dim)
     return Pool(
-        lightning_states=jnp.zeros((lightning, shape.rows, heads, dim, dim), jnp.float32),
+        lightning_states=empty_states(config, shape.rows),
         key_pages=jnp.zeros(kv_shape, shape.dtype),
         value_pages=jnp.zeros(kv_shape, shape.dtype),
     )
@@ -102,3 +101,23 @@ def put_back(pool: Pool, memory: RowMemory, row, pages) -> Pool:
         key_pages=pool.key_pages.at[:, pages].set(memory.keys, mode="drop"),
         value_pages=pool.value_pages.at[:, pages].set(memory.values, mode="drop"),
     )
+
+
+def empty_states(config: ModelConfig, slots: int) -> Float[Array, "Ll slots H K V"]:
+    """Room for the lightning states of so many prefixes."""
+    lightning = config.layer_kinds.count("lightning")
+    heads, dim = config.num_heads, config.head_dim
+    return jnp.zeros((lightning, slots, heads, dim, dim), jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnames="states")
+def keep_state(states: Array, pool: Pool, row, slot) -> Array:
+    """The states with that of a row of the pool in a slot."""
+    return states.at[:, slot].set(pool.lightning_states[:, row])
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def begin_with_state(pool: Pool, states: Array, row, slot) -> Pool:
+    """The pool with the state of a slot in a row."""
+    new = pool.lightning_states.at[:, row].set(states[:, slot])
+    return dataclasses.replace(pool, lightning_states=new)

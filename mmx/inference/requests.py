@@ -15,7 +15,7 @@ MAX_BIAS = 300  # entries of logit_bias
 MAX_LOGPROBS = 20
 MAX_STOPS = 16  # stop ids, and stop strings
 MAX_STOP_LENGTH = 256  # characters of a stop string
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,28 @@ class TokenLogprob(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Event:
+    """One token of one request, or its end.
+
+    Attributes:
+      request: its number.
+      token: None where the request ended without another one.
+      logprob: of the token, where asked for.
+      text: what became certain with this token, of an engine with a tokenizer; all texts together
+        are the answer, without the stop string or the stop id that ended it.
+      finish_reason: of the last event; see `Result`.
+      error: why it ended, with finish_reason 'error'; one line.
+    """
+
+    request: int
+    token: int | None
+    logprob: TokenLogprob | None = None
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Result:
     """What a request got.
 
@@ -127,8 +149,8 @@ class Result:
       tokens: ids; a stop id that ended the request is the last.
       logprobs: one entry a token, or None where they were not asked for.
       finish_reason: 'stop' for a stop id, the end token or a stop string; 'length' for
-        max_new_tokens; 'cancelled'.
-      text: without the stop string that ended it; None without a tokenizer.
+        max_new_tokens; 'cancelled'; 'error' where the tokenizer failed on a token.
+      text: without the stop string or stop id that ended it; None without a tokenizer.
     """
 
     tokens: tuple[int, ...]

@@ -1,5 +1,6 @@
 """The batch of the decode program as arrays: what runs in each row, and how it chooses."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx.config import ModelConfig
-from mmx.inference.requests import Sampling
-from mmx.inference.sampling import SamplingRows, sample_rows, sampling_rows
+from mmx.inference.requests import MAX_LOGPROBS, Sampling
+from mmx.inference.sampling import SamplingRows, sample_rows, sampling_rows, top_logprobs
 
 MAX_STOP_IDS = 16
 
@@ -30,6 +31,7 @@ class Rows:
       page_table: the pages of each row in order; past its length any number.
       sampling: how to choose.
       seen: which tokens the sequence holds, prompt included.
+      wants_top: whether its most likely tokens are asked for.
     """
 
     tokens: Int[Array, "R"]
@@ -41,6 +43,7 @@ class Rows:
     page_table: Int[Array, "R N"]
     sampling: SamplingRows
     seen: Bool[Array, "R vocab"]
+    wants_top: Bool[Array, "R"]
 
 
 @jax.tree_util.register_dataclass
@@ -53,12 +56,15 @@ class Chosen:
       logprobs: of these tokens, before temperature and filters.
       valid: where a sequence was running.
       running: whether it goes on after that.
+      top_tokens, top_logprobs: the 20 most likely tokens, where any row wants them; else zeros.
     """
 
     tokens: Int[Array, "steps R"]
     logprobs: Float[Array, "steps R"]
     valid: Bool[Array, "steps R"]
     running: Bool[Array, "steps R"]
+    top_tokens: Int[Array, "steps R 20"]
+    top_logprobs: Float[Array, "steps R 20"]
 
 
 def choose(rows: Rows, logits: Float[Array, "R vocab"]) -> tuple[Rows, Chosen]:
@@ -68,7 +74,14 @@ def choose(rows: Rows, logits: Float[Array, "R vocab"]) -> tuple[Rows, Chosen]:
     generated = rows.generated + was
     stopped = jnp.any(tokens[:, None] == rows.stop_ids, axis=1) | (generated >= rows.limits)
     place = jnp.where(was, tokens, rows.seen.shape[1])
-    chosen = Chosen(tokens, logprobs, was, was & ~stopped)
+    width = min(MAX_LOGPROBS, logits.shape[1])
+    shape = (was.size, width)
+    top = jax.lax.cond(
+        jnp.any(was & rows.wants_top),
+        lambda: top_logprobs(logits, width),
+        lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)),
+    )
+    chosen = Chosen(tokens, logprobs, was, was & ~stopped, *top)
     after = Rows(
         tokens=jnp.where(was, tokens, rows.tokens),
         positions=rows.positions + was,
@@ -79,8 +92,23 @@ def choose(rows: Rows, logits: Float[Array, "R vocab"]) -> tuple[Rows, Chosen]:
         page_table=rows.page_table,
         sampling=rows.sampling,
         seen=rows.seen.at[jnp.arange(place.size), place].set(True, mode="drop"),
+        wants_top=rows.wants_top,
     )
     return after, chosen
+
+
+def nothing_chosen(steps: int, rows: int, vocab: int) -> Chosen:
+    """`Chosen` of steps that were not taken."""
+    no = jnp.zeros((steps, rows), bool)
+    width = (steps, rows, min(MAX_LOGPROBS, vocab))
+    return Chosen(
+        tokens=jnp.zeros((steps, rows), jnp.int32),
+        logprobs=jnp.zeros((steps, rows), jnp.float32),
+        valid=no,
+        running=no,
+        top_tokens=jnp.zeros(width, jnp.int32),
+        top_logprobs=jnp.zeros(width, jnp.float32),
+    )
 
 
 def empty_rows(config: ModelConfig, rows: int, row_pages: int) -> Rows:
@@ -95,6 +123,7 @@ def empty_rows(config: ModelConfig, rows: int, row_pages: int) -> Rows:
         page_table=jnp.zeros((rows, row_pages), jnp.int32),
         sampling=jax.tree.map(jnp.asarray, sampling_rows([None] * rows)),
         seen=jnp.zeros((rows, config.vocab_size), bool),
+        wants_top=jnp.zeros(rows, bool),
     )
 
 
@@ -117,15 +146,16 @@ def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pag
             page_table=jnp.zeros((1, row_pages), jnp.int32),
             sampling=sampling_rows([sampling]),
             seen=jnp.asarray(seen),
+            wants_top=jnp.asarray([bool(sampling.logprobs)]),
         ),
     )
 
 
 @jax.jit
 def choose_first(row: Rows, logits: Float[Array, "vocab"]) -> tuple[Rows, Chosen]:
-    """`choose` for one row, taken off its batch."""
+    """`choose` for one row, taken off its batch; what was chosen is one step of one row."""
     after, chosen = choose(row, logits[None])
-    return jax.tree.map(lambda x: x[0], after), chosen
+    return jax.tree.map(lambda x: x[0], after), jax.tree.map(lambda x: x[None], chosen)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -137,10 +167,10 @@ def set_row(rows: Rows, number: int, row: Rows) -> Rows:
 @functools.partial(jax.jit, donate_argnames="rows")
 def set_pages(rows: Rows, number: int, page_row: np.ndarray) -> Rows:
     """The batch with other pages for one row."""
-    return Rows(**{**vars(rows), "page_table": rows.page_table.at[number].set(page_row)})
+    return dataclasses.replace(rows, page_table=rows.page_table.at[number].set(page_row))
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
 def deactivate(rows: Rows, number: int) -> Rows:
     """The batch with one row that does not run."""
-    return Rows(**{**vars(rows), "active": rows.active.at[number].set(False)})
+    return dataclasses.replace(rows, active=rows.active.at[number].set(False))

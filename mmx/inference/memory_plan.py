@@ -1,0 +1,135 @@
+"""What an engine will take of a device's memory, known before any of it is taken.
+
+Arrays are counted from their shapes; the working memory of the two programs is what the compiler
+says it is. The programs it asks the compiler for are the ones the engine runs, compiled once.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx.config import ModelConfig
+from mmx.inference.decoding import decode, prefill
+from mmx.inference.pool import PoolShape, empty_states, init_pool
+from mmx.inference.rows import empty_rows
+from mmx.model import Params
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Attributes:
+      parameters: of the model.
+      states: lightning states of all rows.
+      pages: keys and values.
+      prefixes: lightning states of kept prefixes.
+      batch: what is known of each row: options, which tokens it holds.
+      work: of the program that needs most while it runs.
+    """
+
+    parameters: int
+    states: int
+    pages: int
+    prefixes: int
+    batch: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(dataclasses.astuple(self))
+
+    def lines(self) -> list[tuple[str, int]]:
+        """(what, bytes) for a table, the total last."""
+        return [*dataclasses.asdict(self).items(), ("total", self.total)]
+
+
+def plan_memory(
+    config: ModelConfig,
+    params: Params,
+    shape: PoolShape,
+    *,
+    row_pages: int,
+    snapshots: int,
+    chunk: int,
+    decode_steps: int,
+    implementation: str | None = None,
+) -> MemoryPlan:
+    """What an `Engine` with these numbers takes; see there.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`s in their place.
+      shape: rows and pages.
+      row_pages: pages a row can have.
+
+    The compiler's answer is for jax's default device.
+    """
+    params = jax.tree.map(_abstract, params)
+    pool = jax.eval_shape(lambda: init_pool(config, shape))
+    rows = jax.eval_shape(lambda: empty_rows(config, shape.rows, row_pages))
+    prefixes = jax.eval_shape(lambda: empty_states(config, snapshots))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens, page_row = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (chunk, row_pages))
+    common = dict(config=config, implementation=implementation)
+    programs = (
+        prefill.lower(params, pool, tokens, number, number, page_row, number, **common),
+        decode.lower(params, pool, rows, steps=decode_steps, **common),
+    )
+    return MemoryPlan(
+        parameters=_bytes(params),
+        states=_bytes(pool.lightning_states),
+        pages=_bytes((pool.key_pages, pool.value_pages)),
+        prefixes=_bytes(prefixes),
+        batch=_bytes(rows),
+        work=max(_work(program.compile()) for program in programs),
+    )
+
+
+def pages_within(memory: int, plan: MemoryPlan, shape: PoolShape) -> int:
+    """Pages there is room for in so many bytes, from the plan of an engine with `shape`.
+
+    Raises:
+      ValueError: not even one; says what the rest takes.
+    """
+    page = plan.pages // shape.pages
+    left = memory - (plan.total - plan.pages)
+    if left < page:
+        raise ValueError(
+            f"{memory:,} bytes of memory do not hold parameters, states and the work of the "
+            f"programs, {plan.total - plan.pages:,} bytes, and a page of {page:,}; "
+            "take fewer rows, a smaller chunk or int8 weights"
+        )
+    return left // page
+
+
+def device_memory() -> int | None:
+    """Bytes that jax may take of the default device; None where it does not say, as on CPUs."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def _abstract(x) -> jax.ShapeDtypeStruct:
+    sharding = x.sharding if isinstance(x, jax.Array) and x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _bytes(tree) -> int:
+    """Of the largest share that any device has."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        total += int(np.prod(shape)) * leaf.dtype.itemsize
+    return total
+
+
+def _work(compiled: jax.stages.Compiled) -> int:
+    """What a program needs beside its arguments."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return 0
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(new, 0)
