@@ -1,5 +1,6 @@
 import json
 import random
+import threading
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from mmx.data.tokenizer import train_tokenizer
 from mmx.inference import text
-from mmx.inference.text import TextStream, decode, encode, load_tokenizer
+from mmx.inference.text import Spelling, TextStream, decode, encode, load_tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, twice.\n",
@@ -347,3 +348,37 @@ def test_what_is_no_fault_of_the_tokenizer_passes(error):
 
     with pytest.raises(error):
         text._guarded(call, "it")
+
+
+# ---------------------------------------------------------------- single tokens
+
+
+def test_what_single_tokens_stand_for(tokenizer):
+    spelling = Spelling(tokenizer)
+    for sentence in SENTENCES:
+        ids = tokenizer.encode(sentence).ids
+        assert b"".join(map(spelling, ids)) == sentence.encode()
+    assert spelling(1) == b"<beginning_of_sentence>"
+    assert spelling(tokenizer.get_vocab_size()) == b""
+    assert Spelling(metaspace(byte_fallback=True))(1) == b"Hello"
+
+
+def test_other_threads_run_while_text_is_encoded(tokenizer):
+    """Else a long prompt would stop all who are being answered."""
+    gaps, done = [0.0], threading.Event()
+
+    def watch():
+        last = time.perf_counter()
+        while not done.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.perf_counter()
+    encode(tokenizer, "".join(SENTENCES) * 2000, CONFIG)
+    took = time.perf_counter() - began
+    done.set()
+    thread.join()
+    assert max(gaps) < took / 2

@@ -82,7 +82,8 @@ def encode(
     def call() -> list[int]:
         with _encoding:
             tokenizer.encode_special_tokens = names == "text"
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # Not `encode`, which lets no other thread of the process run meanwhile.
+            return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     ids = _guarded(call, "the tokenizer cannot encode the prompt")
     if ids and max(ids) >= config.vocab_size:
@@ -135,8 +136,8 @@ class TextStream:
     stopped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        bytewise = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
-        self._decoder = _Bytes(self.tokenizer) if bytewise else _Window(self.tokenizer)
+        kind = _Bytes if _is_bytewise(self.tokenizer) else _Window
+        self._decoder = kind(self.tokenizer)
         self._steps = [_failures(text) for text in self.stop]
         self._matched = [0] * len(self.stop)  # characters of each that the text now ends with
         self._held = ""  # what may yet turn out to begin a stop string
@@ -180,12 +181,32 @@ class TextStream:
         return text[:keep]
 
 
+class Spelling:
+    """What single tokens stand for, special ones too.
+
+    Exact for byte-level tokenizers; of others it is the text of the token alone, which may lack the
+    space before a word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = special_ids(tokenizer)
+        self._bytewise = _is_bytewise(tokenizer)
+
+    def __call__(self, token: int) -> bytes:
+        """The bytes of a token; of a special one, its name."""
+        name = self._tokenizer.id_to_token(token) or ""
+        if token in self._special:
+            return name.encode()
+        return _spelled(name) if self._bytewise else decode(self._tokenizer, [token]).encode()
+
+
 class _Bytes:
     """Text of a byte-level tokenizer: its tokens are bytes, spelled as printable characters."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._special = special_ids(tokenizer)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Sequence[int]) -> str:
@@ -196,13 +217,7 @@ class _Bytes:
 
     def _bytes(self, token: int) -> bytes:
         name = self._tokenizer.id_to_token(token)
-        if name is None or token in self._special:
-            return b""
-        spelled = _byte_of_character()
-        try:
-            return bytes(spelled[character] for character in name)
-        except KeyError:  # a token that was added is spelled as it reads
-            return name.encode()
+        return b"" if name is None or token in self._special else _spelled(name)
 
 
 class _Window:
@@ -214,7 +229,7 @@ class _Window:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._special = _special_ids(tokenizer)
+        self._special = special_ids(tokenizer)
         self._context: list[int] = []
         self._pending: list[int] = []
         self._before = ""  # the text of the context
@@ -257,9 +272,23 @@ def _guarded[Result](call: Callable[[], Result], what: str) -> Result:
         raise ValueError(f"{what} ({reason})") from None
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of tokens that are no text."""
     added = tokenizer.get_added_tokens_decoder()
     return frozenset(token for token, entry in added.items() if entry.special)
+
+
+def _is_bytewise(tokenizer: Tokenizer) -> bool:
+    return isinstance(tokenizer.decoder, decoders.ByteLevel)
+
+
+def _spelled(name: str) -> bytes:
+    """The bytes of a byte-level token."""
+    spelled = _byte_of_character()
+    try:
+        return bytes(spelled[character] for character in name)
+    except KeyError:  # a token that was added is spelled as it reads
+        return name.encode()
 
 
 @functools.cache
