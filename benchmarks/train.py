@@ -19,16 +19,11 @@ clips nor adds a balance loss: its update has less to do than ours.
 import argparse
 import dataclasses
 import functools
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +38,7 @@ import numpy as np
 
 import mmx
 from benchmarks import torch_train
+from benchmarks.parts import Emit, memory_variables, run_here, run_in_process, short
 from benchmarks.train_memory import GIGA, compiled_GB, device_limit, estimate, estimate_step
 from mmx.config import ModelConfig
 from mmx.model import Remat, abstract_params
@@ -51,9 +47,6 @@ from mmx.training.schedule import LearningRate, constant
 from mmx.training.state import abstract_state, init_state
 from mmx.training.step import StepOptions, make_train_step
 
-ROW = "row "  # begins a line of a part that is a row of the report
-# The rest of the memory is for CUDA itself, its graphs and the process that waits.
-MEMORY_SHARE = 0.92
 RATE = LearningRate((constant(1, 1e-4),))
 
 
@@ -77,9 +70,6 @@ class Setting:
     document: int
     remats: tuple[Remat, ...]
     seconds: float
-
-
-Emit = Callable[..., None]
 
 
 # ---------------------------------------------------------------- data, time, memory
@@ -259,45 +249,7 @@ def peer(emit: Emit, setting: Setting) -> None:
 PARTS = {"step": step, "gradient": gradient, "peer": peer, "long": long, "packed": packed}
 
 
-# ---------------------------------------------------------------- one process a part
-
-
-def short(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
-
-
-def run_here(part: str, setting: Setting, cache: str) -> int:
-    """Run a part, its rows on stdout; the exit status."""
-    # The parts multiply the same shapes: what one has tuned, the next need not.
-    jax.config.update("jax_compilation_cache_dir", cache)
-    try:
-        PARTS[part](lambda **row: print(ROW + json.dumps(row), flush=True), setting)
-    except Exception as error:
-        # A device out of memory lists all of its buffers; the end says where.
-        print("".join(traceback.format_tb(error.__traceback__, limit=-4)) + short(error))
-        return 1
-    return 0
-
-
-def run_in_process(report: Report, part: str, arguments: list[str]) -> None:
-    """Run a part in a process of its own until the budget ends; its rows join the report."""
-    environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "true" if part != "peer" else "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(MEMORY_SHARE),
-    }
-    command = [sys.executable, "-u", __file__, "--part", part, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        timer = threading.Timer(report.left(), process.kill)
-        timer.start()
-        for line in process.stdout or ():
-            if line.startswith(ROW):
-                report.add(**json.loads(line[len(ROW) :]))
-            else:
-                print(line, end="", flush=True)
-        timer.cancel()
-    if process.returncode:
-        late = " (no time was left)" if report.left() <= 0 else ""
-        raise RuntimeError(f"the process ended with {process.returncode}{late}")
+# ---------------------------------------------------------------- the report
 
 
 def compare(report: Report) -> None:
@@ -351,12 +303,13 @@ def main() -> int:
     options = parse()
     setting = make_setting(options)
     if options.part:
-        return run_here(options.part, setting, options.cache)
+        return run_here(PARTS[options.part], setting, options.cache)
     report = Report(options.budget, options.json)
     with tempfile.TemporaryDirectory() as cache:
         arguments = [*sys.argv[1:], "--cache", cache]
         for part in options.only.split(","):
-            run = functools.partial(run_in_process, report, part, arguments)
+            variables = memory_variables(part)
+            run = functools.partial(run_in_process, report, __file__, part, arguments, variables)
             report.attempt(part, run, seconds=20)
     compare(report)
     report.table()

@@ -1,0 +1,409 @@
+"""Prefill and decoding on one device, beside floors, an all-softmax twin and transformers.
+
+    python benchmarks/inference.py [--json FILE] [--budget SECONDS] [--only decode,prefill,...]
+    python benchmarks/inference.py --smoke      the 'tiny' preset, on a CPU
+
+    ceilings  copy bandwidth and bf16 matmul rate of the device: what the floors are made of
+    decode    time a step for 1 to 256 rows at 1K to 1M tokens of context
+    prefill   tokens/s of a prompt in chunks; a prompt that hits a kept prefix
+    engine    requests through `mmx.Engine`: time to the first token, tokens/s, the host's share
+    int8      'decode' with int8 weights
+    twin      'decode' of a model of the same size whose layers are all softmax
+    slice     one superblock of Text-01 at full width: decode and prefill at 1K, 1M and 4M tokens
+    peer      transformers' MiniMax: prefill, and generate for 1 and 16 rows
+
+Contexts that would take long to read are filled with random states, keys and values: the time of a
+step does not depend on them. Random states also make rows choose different experts. The floor of a
+step counts what must be read once: weights outside of experts, the experts that so many rows are
+expected to choose, keys and values, states read and written; at the bandwidth of a copy.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import Report, copy_bandwidth, matmul_rate  # isort: skip
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mmx
+from benchmarks import torch_generate
+from benchmarks.parts import Emit, memory_variables, run_here, run_in_process
+from mmx.config import ModelConfig
+from mmx.inference.cache import kv_bytes_per_token, state_bytes
+from mmx.inference.decoding import decode, prefill
+from mmx.inference.engine import Engine
+from mmx.inference.memory_plan import plan_memory
+from mmx.inference.pool import Pool, PoolShape, empty_states
+from mmx.inference.requests import Sampling
+from mmx.inference.rows import Rows, empty_rows
+from mmx.model import Params, param_specs
+from mmx.training.flops import forward_flops_per_token
+
+PAGE = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+      config: of the model; `slice_config` that of 'slice'.
+      decode: (rows, tokens of context) of 'decode', 'int8' and 'twin'.
+      slice_contexts: of 'slice', one row.
+      prompt: tokens of 'prefill', 'engine' and 'peer'; chunk: read at once.
+      new: tokens to generate; steps: of a dispatch.
+      repeats: dispatches timed.
+    """
+
+    config: ModelConfig
+    slice_config: ModelConfig
+    decode: tuple[tuple[int, int], ...]
+    slice_contexts: tuple[int, ...]
+    prompt: int
+    chunk: int
+    new: int
+    steps: int
+    repeats: int
+    seconds: float
+
+
+# ---------------------------------------------------------------- models and memories at random
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
+    """Normal, a slice of the first axis at a time: the fp32 form of all would not fit."""
+    if len(shape) < 3:
+        return (std * jax.random.normal(key, shape)).astype(dtype)
+    keys = jax.random.split(key, shape[0])
+    inner = functools.partial(_random.__wrapped__, shape=shape[1:], dtype=dtype, std=std)
+    return jax.lax.map(inner, keys)
+
+
+def random_params(config: ModelConfig) -> Params:
+    """bf16 parameters with the spread of `mmx.init_params`, made without a second copy."""
+    specs, tree = jax.tree.flatten(param_specs(config))
+    keys = jax.random.split(jax.random.key(0), len(specs))
+    leaves = []
+    for key, spec in zip(keys, specs, strict=True):
+        dtype = jnp.dtype(jnp.float32 if spec.fp32 else jnp.bfloat16)
+        one = jnp.ones(spec.shape, dtype)
+        leaves.append(_random(key, spec.shape, dtype, spec.std) if spec.std else one)
+    return jax.tree.unflatten(tree, jax.block_until_ready(leaves))
+
+
+def random_pool(config: ModelConfig, rows: int, pages: int) -> Pool:
+    """Pages and states of the size they have."""
+    states = jax.eval_shape(lambda: empty_states(config, rows)).shape
+    softmax = config.layer_kinds.count("softmax")
+    kv = (softmax, pages, PAGE, config.num_kv_heads, config.head_dim)
+    keys = jax.random.split(jax.random.key(1), 3)
+    return Pool(
+        _random(keys[0], states, jnp.float32, 1.0),
+        _random(keys[1], kv, jnp.bfloat16, 1.0),
+        _random(keys[2], kv, jnp.bfloat16, 1.0),
+    )
+
+
+def running_rows(config: ModelConfig, rows: int, row_pages: int, context: int) -> Rows:
+    """Every row at `context` tokens, pages side by side, with no end in sight."""
+    numbers = np.arange(rows, dtype=np.int32)
+    return dataclasses.replace(
+        empty_rows(config, rows, row_pages),
+        tokens=jnp.asarray(numbers * 7919 % config.vocab_size),
+        positions=jnp.full(rows, context, jnp.int32),
+        active=jnp.ones(rows, bool),
+        limits=jnp.full(rows, 2**30, jnp.int32),
+        page_table=jnp.asarray(np.arange(rows * row_pages, dtype=np.int32).reshape(rows, -1)),
+    )
+
+
+# ---------------------------------------------------------------- floors
+
+
+def step_bytes(config: ModelConfig, params: Params, rows: int, context: int) -> float:
+    """Bytes that a decode step cannot do without."""
+    dense = experts = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "embed/" in name:
+            continue
+        if any(f"moe/{part}_proj" in name for part in ("gate", "up", "down")):
+            experts += leaf.nbytes
+        else:
+            dense += leaf.nbytes
+    chosen = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** rows
+    kv = rows * context * kv_bytes_per_token(config, 2)
+    return dense + experts * chosen + kv + 2 * rows * state_bytes(config)
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def ceilings(emit: Emit, setting: Setting) -> None:
+    emit(copy_GBs=copy_bandwidth(), matmul_TFLOPs=matmul_rate())
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def time_decode(
+    emit: Emit, setting: Setting, config: ModelConfig, params: Params, part: str,
+    rows: int, context: int,
+) -> None:  # fmt: skip
+    """One row of the report: a step of the decode program."""
+    ahead = (setting.repeats + 1) * setting.steps
+    row_pages = -(-(context + ahead) // PAGE)
+    held = [random_pool(config, rows, rows * row_pages),
+            running_rows(config, rows, row_pages, context)]  # fmt: skip
+
+    def run() -> None:
+        held[0], held[1], chosen = decode(params, *held, config=config, steps=setting.steps)
+        assert bool(chosen.valid.all())
+
+    seconds = median_seconds(run, setting.repeats) / setting.steps
+    floor = step_bytes(config, params, rows, context)
+    emit(part=part, rows=rows, context=context, ms=1e3 * seconds, tokens_per_s=rows / seconds,
+         floor_GB=floor / 1e9, GBs=floor / seconds / 1e9, **peak())  # fmt: skip
+
+
+def peak() -> dict[str, float]:
+    """The most memory that was in use so far."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    found = stats.get("peak_bytes_in_use")
+    return {"peak_GB": found / 1e9} if found else {}
+
+
+def decode_part(emit: Emit, setting: Setting) -> None:
+    params = random_params(setting.config)
+    for rows, context in setting.decode:
+        time_decode(emit, setting, setting.config, params, "decode", rows, context)
+
+
+def int8_part(emit: Emit, setting: Setting) -> None:
+    from mmx.inference.quantize import quantize
+
+    params = quantize(random_params(setting.config), setting.config)
+    for rows, context in setting.decode:
+        time_decode(emit, setting, setting.config, params, "int8", rows, context)
+
+
+def twin(emit: Emit, setting: Setting) -> None:
+    """Softmax in every layer: eight times the keys and values, no states."""
+    layers = ("softmax",) * setting.config.num_layers
+    config = dataclasses.replace(setting.config, layer_kinds=layers)
+    params = random_params(config)
+    for rows, context in setting.decode:
+        if rows * context * kv_bytes_per_token(config, 2) > 60e9:
+            emit(part="twin", rows=rows, context=context, left_out="keys and values above 60 GB")
+            continue
+        time_decode(emit, setting, config, params, "twin", rows, context)
+
+
+def time_prefill(
+    emit: Emit, setting: Setting, config: ModelConfig, params: Params, part: str,
+    start: int, tokens: int,
+) -> None:  # fmt: skip
+    """One row: so many tokens read in chunks from `start` on."""
+    chunk = min(setting.chunk, tokens)
+    row_pages = -(-(start + tokens) // PAGE)
+    pool = random_pool(config, 1, row_pages)
+    page_row = np.arange(row_pages, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, chunk, dtype=np.int32)
+
+    def run() -> None:
+        nonlocal pool
+        logits = None
+        for place in range(start, start + tokens, chunk):
+            numbers = (np.int32(chunk), np.int32(0), page_row, np.int32(place))
+            pool, logits = prefill(params, pool, ids, *numbers, config=config)
+        jax.block_until_ready(logits)
+
+    repeats = setting.repeats if tokens <= setting.prompt else 1
+    seconds = median_seconds(run, min(repeats, 3))
+    # The FLOPs of these tokens are those of all minus those of the ones before.
+    flops = forward_flops_per_token(config, start + tokens).total * (start + tokens)
+    flops -= forward_flops_per_token(config, start).total * start if start else 0
+    flops -= 2 * config.embed_dim * config.vocab_size * (tokens - 1)  # logits of the last alone
+    emit(part=part, start=start, tokens=tokens, chunk=chunk, seconds=seconds,
+         tokens_per_s=tokens / seconds, TFLOPs=flops / seconds / 1e12, **peak())  # fmt: skip
+
+
+def prefill_part(emit: Emit, setting: Setting) -> None:
+    params = random_params(setting.config)
+    for tokens in (setting.prompt // 8, setting.prompt, 4 * setting.prompt):
+        time_prefill(emit, setting, setting.config, params, "prefill", 0, tokens)
+
+
+def engine_part(emit: Emit, setting: Setting) -> None:
+    """As a user would: through the engine, with the host's work in between."""
+    config = setting.config
+    params = random_params(config)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, setting.prompt).tolist()
+    longest = setting.prompt + 2 * PAGE + setting.new
+    for rows in (1, 16, 64):
+        engine = Engine(config, params, rows=rows, max_seq_len=longest, chunk=setting.chunk,
+                        pages=2 * (setting.prompt // PAGE + 4) + 8 * rows,
+                        decode_steps=setting.steps)  # fmt: skip
+        short = [prompt[i : i + PAGE] for i in range(rows)]
+        options = Sampling(max_new_tokens=setting.new, ignore_eos=True)
+        engine.generate(short, options)
+        start = time.perf_counter()
+        engine.generate([ids[::-1] for ids in short], options)
+        seconds = time.perf_counter() - start
+        emit(part="engine", rows=rows, prompt=PAGE, new=setting.new,
+             tokens_per_s=rows * setting.new / seconds)  # fmt: skip
+        if rows > 1:
+            continue
+        first = [first_token(engine, [*prompt, 1]), first_token(engine, [*prompt, 2])]
+        # Compiled by now; another prompt, then a second one that begins with it.
+        other = prompt[::-1]
+        first = [first_token(engine, [*other, i]) for i in range(2)]
+        emit(part="prefix", prompt=len(other), miss_ms=1e3 * first[0], hit_ms=1e3 * first[1],
+             times=first[0] / first[1], hits=engine.snapshots.hits)  # fmt: skip
+
+
+def first_token(engine: Engine, prompt: list[int]) -> float:
+    """Seconds to the first token."""
+    start = time.perf_counter()
+    for _, event in engine.stream([prompt], Sampling(max_new_tokens=2, ignore_eos=True)):
+        if event.token is not None:
+            break
+    return time.perf_counter() - start
+
+
+def slice_part(emit: Emit, setting: Setting) -> None:
+    """Beside each peak what the plan of an engine for that context says."""
+    config = setting.slice_config
+    params = random_params(config)
+    for context in setting.slice_contexts:
+        longest = context + (setting.repeats + 1) * setting.steps + setting.chunk
+        pages = -(-longest // PAGE)
+        shape = PoolShape(1, pages, PAGE, jnp.dtype(jnp.bfloat16))
+        plan = plan_memory(config, params, shape, row_pages=pages, snapshots=0,
+                           chunk=setting.chunk, decode_steps=setting.steps)  # fmt: skip
+        emit(part="plan", context=context, **{k: v / 1e9 for k, v in plan.lines()})
+        time_decode(emit, setting, config, params, "slice_decode", 1, context)
+        start = context // setting.chunk * setting.chunk
+        time_prefill(emit, setting, config, params, "slice_prefill", start, setting.chunk)
+
+
+def peer(emit: Emit, setting: Setting) -> None:
+    torch_generate.measure(emit, setting.config, prompt=setting.prompt // 8, new=setting.new // 4)
+
+
+PARTS = {
+    "ceilings": ceilings,
+    "decode": decode_part,
+    "prefill": prefill_part,
+    "engine": engine_part,
+    "int8": int8_part,
+    "twin": twin,
+    "slice": slice_part,
+    "peer": peer,
+}
+
+
+# ---------------------------------------------------------------- the report
+
+
+def compare(report: Report) -> None:
+    """Shares of the ceilings, and ratios to the peer."""
+    found = {key: row[key] for row in report.rows for key in ("copy_GBs", "matmul_TFLOPs")
+             if key in row}  # fmt: skip
+    for row in list(report.rows):
+        name = {k: row[k] for k in ("part", "rows", "context", "start", "tokens") if k in row}
+        if "GBs" in row and "copy_GBs" in found:
+            report.add(of_floor=row["GBs"] / found["copy_GBs"], **name)
+        if "TFLOPs" in row and "matmul_TFLOPs" in found:
+            report.add(of_matmul=row["TFLOPs"] / found["matmul_TFLOPs"], **name)
+    peers = {row["rows"]: row for row in report.rows if row.get("part") == "peer_decode"}
+    for row in list(report.rows):
+        if row.get("part") == "engine" and row["rows"] in peers:
+            times = row["tokens_per_s"] / peers[row["rows"]]["tokens_per_s"]
+            report.add(compared="engine", to="peer_decode", rows=row["rows"], times=times)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--budget", type=float, default=480, help="seconds")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, in the order to run them")
+    parser.add_argument("--preset", default="bench-4b")
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
+    parser.add_argument("--smoke", action="store_true", help="everything, tiny")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    wrong = set(options.only.split(",")) - set(PARTS)
+    if wrong:
+        parser.error(f"--only: unknown {', '.join(sorted(wrong))}; choose from {', '.join(PARTS)}")
+    return options
+
+
+def make_setting(options: argparse.Namespace) -> Setting:
+    if options.smoke:
+        config = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
+        return Setting(config, config, ((1, 256), (3, 512)), (512,), 1024, 256, 8, 2, 2, 0.1)
+    contexts = (
+        (1, 1024),
+        (1, 32_768),
+        (1, 1 << 20),
+        (16, 1024),
+        (64, 1024),
+        (64, 8192),
+        (256, 1024),
+    )
+    return Setting(
+        config=mmx.preset(options.preset),
+        slice_config=mmx.preset("slice-8"),
+        decode=contexts,
+        slice_contexts=(1024, 1_000_000, 4_000_000),
+        prompt=32_768,
+        chunk=options.chunk,
+        new=256,
+        steps=options.steps,
+        repeats=5,
+        seconds=3,
+    )
+
+
+def main() -> int:
+    options = parse()
+    setting = make_setting(options)
+    if options.part:
+        return run_here(PARTS[options.part], setting, options.cache)
+    report = Report(options.budget, options.json)
+    with tempfile.TemporaryDirectory() as cache:
+        arguments = [*sys.argv[1:], "--cache", cache]
+        for part in options.only.split(","):
+            variables = memory_variables(part)
+            run = functools.partial(run_in_process, report, __file__, part, arguments, variables)
+            report.attempt(part, run, seconds=20)
+    compare(report)
+    report.table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
