@@ -6,10 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import gpu_cudnn, gpu_decode, reference, xla
 
-# A kernel for one kind of device goes before `xla`, which takes whatever the kernel does not.
+# Few queries a row are decoding, and read memory; many are a prompt, and multiply.
 IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "pallas_gpu", gpu_decode.paged_attention, unsupported=gpu_decode.unsupported
+    ),
+    dispatch.Implementation("cudnn", gpu_cudnn.paged_attention, unsupported=gpu_cudnn.unsupported),
     dispatch.Implementation("xla", xla.paged_attention),
     dispatch.Implementation("reference", reference.paged_attention, automatic=False),
 )
@@ -35,7 +39,8 @@ def paged_attention(
 
     A row has the keys up to its greatest position. What lies beyond is without influence on any
     bit: entries of the table there may be any number, slots there may hold NaN. The result of a row
-    depends neither on the other rows nor on N. `xla` keeps that promise bit for bit on CPU.
+    depends neither on the other rows nor on N. `xla` keeps that promise bit for bit on CPU; with
+    `pallas_gpu` last bits depend on the lengths of all rows, by which it shares out the work.
 
     Args:
       q: bf16 or fp32, H a multiple of G.
@@ -45,7 +50,8 @@ def paged_attention(
       positions: int32, positions of the queries, below N * S (a greater one sees all N * S keys),
         in any order; below 0 is padding, which gives exactly 0.
       scale: 1/sqrt(K) when None.
-      implementation: 'xla', 'reference' (dense), or None for the best that takes these arguments.
+      implementation: 'pallas_gpu' (Hopper; few queries a row), 'cudnn' (NVIDIA; many), 'xla',
+        'reference' (dense), or None for the best that takes these arguments.
 
     Returns:
       [B, T, H, K] of q's dtype.

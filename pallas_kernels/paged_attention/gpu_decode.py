@@ -1,0 +1,491 @@
+"""Paged attention of few queries a row on Hopper GPUs: flash decoding in Mosaic GPU.
+
+Decoding reads every key and value once and does little else, so all multiprocessors must read all
+the time, whatever the lengths of the rows. The keys of a batch, cut into tiles of 64, are one list
+a key head, row after row; every worker (CTA) takes an equal share of it, within a row or across
+several. Where a worker ends in a row, or a row ends, it leaves a partial result: the attention to
+the keys it has seen, and their log-sum-exp. A second kernel merges the partial results of a row.
+
+A worker is one warpgroup. It copies tiles from the pages to a ring in shared memory by TMA, a few
+tiles ahead of the arithmetic and across rows. The query heads of a key head, of all queries, are
+the rows of the products: up to 64 of them cost the same. Two workers share a multiprocessor, so
+that one multiplies while the other takes exponentials.
+
+The share, and with it the order of summation, follows from the lengths of all rows: a row's last
+bits depend on how long its neighbours are, never on what they hold.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import platform
+
+TILE = 64  # keys of one product
+ROWS = 64  # of one product: queries times query heads a key head
+ROW_ALIGNMENT = 8  # of what a tiled TMA copy can address
+MIN_SHARE = 2  # tiles of a worker; less is not worth the merging
+MAX_DIM = 256
+MAX_SLOTS = 8  # of the ring
+SHARED_MEMORY = 228 * 1024  # of a multiprocessor; the system keeps 1 KiB of it for each worker
+RESERVED_MEMORY = 1024 + 512  # that, and barriers
+MERGE_WIDTH = 128  # values a warpgroup holds one each
+MERGED = 8  # partial results read at a time
+LOWEST = -1e38  # below any score, and its differences are finite
+LOG2_E = math.log2(math.e)
+
+untyped: Any = plgpu  # parts of its interface that type checkers do not see
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+
+def unsupported(
+    q: Float[Array, "B T H K"],
+    key_pages: Float[Array, "P S G K"],
+    value_pages: Float[Array, "P S G K"],
+    page_table: Int[Array, "B N"],
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> str | None:
+    """Why `paged_attention` cannot take these arguments here, or None."""
+    del value_pages, page_table, positions, scale
+    capability = platform.gpu_compute_capability()
+    if capability != (9, 0):
+        seen = platform.backend() if capability is None else f"compute capability {capability}"
+        return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
+    return unsupported_arguments(q, key_pages)
+
+
+def unsupported_arguments(
+    q: Float[Array, "B T H K"], key_pages: Float[Array, "P S G K"]
+) -> str | None:
+    """The part of `unsupported` that does not depend on the machine."""
+    _, length, heads, dim = q.shape
+    slots, kv_heads = key_pages.shape[1:3]
+    if q.dtype != jnp.bfloat16:
+        return f"dtype {q.dtype}: it must be bfloat16"
+    if 0 in q.shape:
+        return f"empty queries, of shape {q.shape}"
+    rows = length * heads // kv_heads
+    if rows > ROWS:
+        return f"{length} queries of {heads // kv_heads} heads a key head: at most {ROWS} together"
+    if dim % 32 or dim > MAX_DIM:
+        return f"head size {dim}: it must be a multiple of 32 and at most {MAX_DIM}"
+    if slots % TILE and slots not in (16, 32):
+        return f"pages of {slots} slots: they must be 16, 32 or a multiple of {TILE}"
+    return None
+
+
+# ---------------------------------------------------------------- who reads what
+
+
+class _Plan(NamedTuple):
+    """The shares of the workers and the places of the rows, computed from the positions.
+
+    Tiles are counted along the list of all rows' tiles.
+
+    Attributes:
+      work: a worker's first tile, how many it has, and the row of the first.
+      rows: a row's first tile, the tile past its last, its last key, the next row that has tiles,
+        its first worker, and how many workers it has.
+    """
+
+    work: Int[Array, "W 3"]
+    rows: Int[Array, "B 6"]
+
+
+def _plan(reach: Int[Array, "B"], workers: int) -> _Plan:
+    """Shares of the rows whose last keys are `reach` (-1: no keys)."""
+    # Comparisons and sums of B x B: on a GPU fused reductions, where a scan is many kernels.
+    index = jnp.arange(reach.shape[0], dtype=jnp.int32)
+    tiles = (reach + TILE) // TILE
+    ends = jnp.sum(jnp.where(index[:, None] >= index, tiles, 0), axis=1, dtype=jnp.int32)
+    begins = ends - tiles
+    share = jnp.maximum(-(-ends[-1] // workers), MIN_SHARE)
+    later = (index > index[:, None]) & (tiles > 0)
+    following = jnp.min(jnp.where(later, index, index[-1]), axis=1)
+    first_worker = begins // share
+    number = jnp.where(tiles > 0, (ends - 1) // share - first_worker + 1, 0)
+    starts = jnp.arange(workers, dtype=jnp.int32) * share
+    counts = jnp.clip(ends[-1] - starts, 0, share)
+    first_row = jnp.sum(ends <= starts[:, None], axis=1, dtype=jnp.int32)
+    return _Plan(
+        jnp.stack([starts, counts, jnp.minimum(first_row, index[-1])], axis=1),
+        jnp.stack([begins, ends, reach, following, first_worker, number], axis=1),
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The static shape of a launch."""
+
+    batch: int
+    kv_heads: int
+    dim: int
+    query_rows: int  # of a product, padded to what TMA can address
+    pages: int
+    page_slots: int
+    scale: float
+
+    @property
+    def workers_a_core(self) -> int:
+        return 2 if self.dim <= 128 else 1
+
+    @property
+    def workers(self) -> int:
+        """For each key head."""
+        return max(1, self.workers_a_core * platform.gpu_cores() // self.kv_heads)
+
+    @property
+    def slots(self) -> int:
+        """Tiles of keys, and of values, in the ring."""
+        memory = SHARED_MEMORY // self.workers_a_core - RESERVED_MEMORY
+        return min((memory // (2 * self.dim) - ROWS) // (2 * TILE), MAX_SLOTS)
+
+    @property
+    def copies(self) -> int:
+        """Copies, of a page or a part of it, a tile."""
+        return max(1, TILE // self.page_slots)
+
+    @property
+    def width(self) -> int:
+        """Head size of partial results, as merging wants it."""
+        return -(-self.dim // MERGE_WIDTH) * MERGE_WIDTH
+
+
+# ---------------------------------------------------------------- the function
+
+
+def paged_attention(
+    q: Float[Array, "B T H K"],
+    key_pages: Float[Array, "P S G K"],
+    value_pages: Float[Array, "P S G K"],
+    page_table: Int[Array, "B N"],
+    positions: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """`pallas_kernels.paged_attention` of few queries, in bf16."""
+    batch, length, heads, dim = q.shape
+    pages, slots, kv_heads, _ = key_pages.shape
+    repeats = heads // kv_heads
+    rows = length * repeats
+    shape = _Shape(
+        batch, kv_heads, dim, -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, pages, slots, scale
+    )
+    positions = jnp.clip(positions, -1, page_table.shape[1] * slots - 1)
+    plan = _plan(jnp.max(positions, axis=1), shape.workers)
+    grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, repeats, dim), 2, 1)
+    grouped = grouped.reshape(batch, kv_heads, rows, dim)
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, shape.query_rows - rows), (0, 0)))
+    limits = jnp.pad(
+        jnp.repeat(positions, repeats, axis=1), ((0, 0), (0, ROWS - rows)), constant_values=-1
+    )
+    parts, weights = _attend(shape, plan, page_table, limits, grouped, key_pages, value_pages)
+    out = _merge(shape, rows, plan.rows, parts, weights)[..., :dim]
+    out = out.reshape(batch, kv_heads, length, repeats, dim)
+    return jnp.moveaxis(out, 1, 2).reshape(q.shape)
+
+
+# ---------------------------------------------------------------- partial results
+
+
+class _Refs(NamedTuple):
+    work: Any
+    rows: Any
+    table: Any
+    limits: Any
+    q: Any
+    keys: Any
+    values: Any
+    parts: Any
+    weights: Any
+    queries: Any
+    key_ring: Any
+    value_ring: Any
+    queries_loaded: Any
+    keys_loaded: Any
+    values_loaded: Any
+
+
+# A program of its own, so that a model with many layers holds and lowers the kernel once.
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(shape: _Shape, plan: _Plan, table, limits, q, keys, values):
+    """Partial results and their log-sum-exps, base 2.
+
+    The worker w that reads of row b leaves [ROWS, width] and [ROWS] at place b + w of its key head:
+    going along the list, either grows whenever a new partial result begins.
+    """
+    places = shape.batch + shape.workers - 1
+    swizzle = 128 if shape.dim % 64 == 0 else 64  # bytes
+    tiling = untyped.TilingTransform((8, swizzle // 2))
+
+    def buffer(*dims: int):
+        transforms = (tiling, untyped.SwizzleTransform(swizzle))
+        return plgpu.SMEM((*dims, shape.dim), jnp.bfloat16, transforms=transforms)
+
+    tiles_loaded = plgpu.Barrier(num_arrivals=shape.copies, num_barriers=shape.slots)
+    kernel = plgpu.kernel(
+        lambda *refs: _work(shape, _Refs(*refs)),
+        out_type=[
+            jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS, shape.width), jnp.float32),
+            jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS), jnp.float32),
+        ],
+        scratch_types=[
+            buffer(ROWS),
+            buffer(shape.slots, TILE),
+            buffer(shape.slots, TILE),
+            plgpu.Barrier(),
+            tiles_loaded,
+            tiles_loaded,
+        ],
+        grid=(shape.workers, shape.kv_heads),
+        grid_names=("worker", "head"),
+        # Rows are reduced within a warp: that takes no shared memory.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )
+    return kernel(plan.work, plan.rows, table, limits, q, keys, values)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one worker does: `count` tiles, counted from its first, `begin` in the list of all."""
+
+    shape: _Shape
+    refs: _Refs
+    head: Any
+    worker: Any
+    begin: Any
+    count: Any
+
+
+class _Row(NamedTuple):
+    """A row of the batch: its first tile, the tile past its last, its last key, the next row."""
+
+    number: Any
+    begin: Any
+    end: Any
+    last: Any
+    following: Any
+
+
+class _Place(NamedTuple):
+    """Where a tile lies: its row, the pages it is in and its first slot there."""
+
+    row: _Row
+    pages: tuple[Any, ...]
+    slot: Any
+
+
+def _work(shape: _Shape, refs: _Refs) -> None:
+    """The body of a worker: row after row, as far as its share goes."""
+    head, worker = lax.axis_index("head"), lax.axis_index("worker")
+    share = _Share(shape, refs, head, worker, refs.work[worker, 0], refs.work[worker, 1])
+
+    def fill(index, place):
+        _load(share, place, index, "key")
+        _load(share, place, index, "value")
+        return _next(share, place, index)
+
+    first_row = _row(share, refs.work[worker, 2])
+    ahead = lax.fori_loop(0, shape.slots, fill, _locate(share, first_row, jnp.int32(0)))
+
+    def row_after_row(carry):
+        index, row, ahead = carry
+        limits = _begin(share, row)
+        start = (_full((ROWS,), LOWEST, _ROWS), _full((ROWS,), 0.0, _ROWS))
+        start += (_full((ROWS, shape.dim), 0.0, plgpu.Layout.WGMMA), ahead)
+        end = jnp.minimum(row.end, share.count)
+        step = functools.partial(_step, share, row, limits)
+        top, total, acc, ahead = lax.fori_loop(index, end, step, start)
+        _finish(share, row, top, total, acc)
+        return end, _row(share, row.following), ahead
+
+    start = (jnp.int32(0), first_row, ahead)
+    lax.while_loop(lambda carry: carry[0] < share.count, row_after_row, start)
+
+
+def _full(shape: tuple[int, ...], value: float, layout):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _row(share: _Share, number) -> _Row:
+    begin, end, last, following = (share.refs.rows[number, i] for i in range(4))
+    return _Row(number, begin - share.begin, end - share.begin, last, following)
+
+
+def _locate(share: _Share, row: _Row, index) -> _Place:
+    """Find a tile of a row; what would lie past the row's last page is that page again."""
+    shape, table = share.shape, share.refs.table
+    slots = jnp.int32(shape.page_slots)
+    key = (index - row.begin) * TILE
+    last = lax.div(jnp.maximum(row.last, 0), slots)
+    numbers = [jnp.clip(lax.div(key, slots) + i, 0, last) for i in range(shape.copies)]
+    pages = tuple(jnp.clip(table[row.number, n], 0, shape.pages - 1) for n in numbers)
+    return _Place(row, pages, lax.rem(key, slots))
+
+
+def _next(share: _Share, place: _Place, index) -> _Place:
+    """Where the tile after `index` lies. Asked for early: the answer is in global memory."""
+    row = place.row
+    row = lax.cond(index + 1 < row.end, lambda: row, lambda: _row(share, row.following))
+    return _locate(share, row, index + 1)
+
+
+def _load(share: _Share, place: _Place, index, what: Literal["key", "value"]) -> None:
+    """Start the copies of a tile into its slot of the ring, if the share has that tile."""
+    shape, refs = share.shape, share.refs
+    source, ring, loaded = {
+        "key": (refs.keys, refs.key_ring, refs.keys_loaded),
+        "value": (refs.values, refs.value_ring, refs.values_loaded),
+    }[what]
+    slot = lax.rem(index, jnp.int32(shape.slots))
+    size = min(TILE, shape.page_slots)
+    first = pl.multiple_of(place.slot, size)
+
+    @pl.when(index < share.count)
+    def _():
+        for i, page in enumerate(place.pages):
+            plgpu.copy_gmem_to_smem(
+                source.at[page, pl.ds(first, size), share.head],
+                ring.at[slot, pl.ds(i * size, size)],
+                loaded.at[slot],
+            )
+
+
+def _begin(share: _Share, row: _Row):
+    """Fetch a row's queries; the last key that each row of the product sees."""
+    refs = share.refs
+    target = refs.queries.at[pl.ds(0, share.shape.query_rows)]
+    plgpu.copy_gmem_to_smem(refs.q.at[row.number, share.head], target, refs.queries_loaded)
+    limits = plgpu.load(refs.limits.at[row.number], layout=_ROWS, optimized=False)
+    plgpu.barrier_wait(refs.queries_loaded)
+    return limits
+
+
+def _over_columns(rows, columns: int):
+    return lax.broadcast_in_dim(rows, (ROWS, columns), [0])
+
+
+def _step(share: _Share, row: _Row, limits, index, carry):
+    """Attend to one tile; its slots in the ring are filled again as soon as they are read."""
+    shape, refs = share.shape, share.refs
+    top, total, acc, ahead = carry
+    slot = lax.rem(index, jnp.int32(shape.slots))
+    first = (index - row.begin) * TILE  # key of the tile
+
+    def score(accumulator):
+        plgpu.wgmma(accumulator, refs.queries, refs.key_ring.at[slot].transpose((1, 0)))
+        return accumulator[...]
+
+    plgpu.barrier_wait(refs.keys_loaded.at[slot])
+    scores: Any = pl.run_scoped(score, untyped.ACC((ROWS, TILE), jnp.float32))
+    _load(share, ahead, index + shape.slots, "key")
+
+    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
+    visible = key <= _over_columns(limits - first, TILE)
+    scores = jnp.where(visible, scores * (shape.scale * LOG2_E), -jnp.inf)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+    shrink = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores - _over_columns(new_top, TILE))
+    total = total * shrink + jnp.sum(weights, axis=1)
+    acc = acc * _over_columns(shrink, shape.dim)
+
+    plgpu.barrier_wait(refs.values_loaded.at[slot])
+    values = refs.value_ring.at[slot]
+    last = row.last - first
+    pl.when(last < TILE - 1)(lambda: _clear(values, last))
+    acc = _add_product(acc, weights.astype(jnp.bfloat16), values)
+    _load(share, ahead, index + shape.slots, "value")
+    return new_top, total, acc, _next(share, ahead, index + shape.slots)
+
+
+def _add_product(acc, weights, values):
+    """The sum of acc and weights @ values; jax's interpreter has no product from registers."""
+
+    def add(accumulator):
+        plgpu.wgmma(accumulator, weights, values)
+
+    return pl.run_state(add)(untyped.ACC.init(acc))
+
+
+def _clear(values, last) -> None:
+    """Zeroes for what lies past a row's last key: zero weight does not hide NaN."""
+    kept = plgpu.load(values, layout=plgpu.Layout.WGMMA)
+    key = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=plgpu.Layout.WGMMA)
+    values[...] = jnp.where(key <= last, kept, jnp.zeros_like(kept))
+    plgpu.commit_smem()
+
+
+def _finish(share: _Share, row: _Row, top, total, acc) -> None:
+    """Leave the partial result of a row."""
+    refs, dim = share.refs, share.shape.dim
+    place = (share.head, row.number + share.worker)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    refs.parts.at[(*place, slice(None), pl.ds(0, dim))][...] = acc / _over_columns(total, dim)
+    refs.weights.at[place][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, LOWEST)
+
+
+# ---------------------------------------------------------------- merging
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _merge(shape: _Shape, rows: int, row_plan, parts, weights) -> Float[Array, "B G M W"]:
+    """The partial results of each row weighted by their log-sum-exps, in bf16."""
+
+    def body(plan, parts, weights, out):
+        row, head, m, block = (lax.axis_index(name) for name in ("row", "head", "m", "block"))
+        columns = pl.ds(block * MERGE_WIDTH, MERGE_WIDTH)
+        first, number = row + plan[row, 4], plan[row, 5]
+
+        def some(i, carry):
+            """The next partial results; those past the last are the last, with weight 0."""
+            top, total, acc = carry
+            index = [i * MERGED + j for j in range(MERGED)]
+            places = [first + jnp.minimum(j, number - 1) for j in index]
+            exponents = [weights[head, place, m] for place in places]
+            values = [
+                plgpu.load(
+                    parts.at[head, place, m, columns],
+                    layout=plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1),
+                    optimized=False,
+                )
+                for place in places
+            ]
+            new_top = functools.reduce(jnp.maximum, exponents, top)
+            shrink = jnp.exp2(top - new_top)
+            total, acc = total * shrink, acc * shrink
+            for j, exponent, value in zip(index, exponents, values, strict=True):
+                weight = jnp.where(j < number, jnp.exp2(exponent - new_top), 0.0)
+                total, acc = total + weight, acc + value * weight
+            return new_top, total, acc
+
+        zeros = plgpu.layout_cast(
+            jnp.zeros((MERGE_WIDTH,), jnp.float32), plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1)
+        )
+        start = (jnp.float32(LOWEST), jnp.float32(0), zeros)
+        steps = lax.div(number + (MERGED - 1), jnp.int32(MERGED))
+        top, total, acc = lax.fori_loop(0, steps, some, start)
+        inverse = jnp.where(top > LOWEST, 1 / jnp.where(top > LOWEST, total, 1.0), 0.0)
+        out.at[row, head, m, columns][...] = (acc * inverse).astype(jnp.bfloat16)
+
+    blocks = shape.width // MERGE_WIDTH
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(
+            (shape.batch, shape.kv_heads, rows, shape.width), jnp.bfloat16
+        ),
+        grid=(blocks, rows, shape.kv_heads, shape.batch),
+        grid_names=("block", "m", "head", "row"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return kernel(row_plan, parts, weights)

@@ -1,0 +1,190 @@
+"""Paged attention on GPUs, few queries: the kernels in jax's interpreter; how work is shared."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import check_close
+from test_paged_attention import attend, bits, case, truth
+
+from mmx.config import preset
+from pallas_kernels import dispatch, paged_attention, platform
+from pallas_kernels.paged_attention import api, gpu_decode
+
+# bf16 rounds at 2^-9 = 2e-3: the weights before their product, and the result.
+TOLERANCE = 4e-3
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A Hopper GPU of three multiprocessors, interpreted on the CPU, that looks for races."""
+
+    def add_product(acc, weights, values):
+        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # it has been read, as when a product has been waited for
+        return acc + product
+
+    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(platform, "gpu_cores", lambda: 3)
+    monkeypatch.setattr(gpu_decode, "_add_product", add_product)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    jax.clear_caches()
+
+
+decode = functools.partial(attend, implementation="pallas_gpu")
+
+
+def check_decode(arrays, positions, capsys):
+    """Against the definition, and without influence of what lies beyond a row; the output."""
+    *pages, table, inside = arrays
+    out = decode(*pages, table, positions)
+    check_close(out, truth(*arrays), TOLERANCE, "output")
+    assert np.all(np.asarray(out)[np.asarray(positions) < 0] == 0)
+    q, keys, values = pages
+    keys, values = (jnp.where(jnp.isnan(x), jnp.inf, x) for x in (keys, values))
+    beyond = jnp.arange(table.shape[1]) * keys.shape[1] > inside.max(axis=1)[:, None]
+    other = decode(q, keys, values, jnp.where(beyond, -7, table), positions)
+    assert np.array_equal(bits(other), bits(out))
+    assert "RACE" not in capsys.readouterr().out
+
+
+def test_one_query(interpreted, capsys):
+    """Rows of no key, one, a tile of 64 less one and plus one, many tiles; of pages of 16 slots.
+
+    Three workers a key head share 17 tiles, so two of them begin within the long row.
+    """
+    positions = [[-1], [0], [63], [-1], [64], [700], [127], [-1]]
+    arrays = case(positions, heads=8, kv_heads=2, dim=96, slots=16, dtype=jnp.bfloat16)
+    check_decode(arrays, arrays[-1], capsys)
+
+
+def test_several_queries(interpreted, capsys):
+    """In no order, with padding, past the table; one key head and 3 x 3 rows of a product."""
+    positions = [[319, 200, 199], [70, 3, -1], [-1, -1, -1], [-1, 127, 128]]
+    *arrays, _ = case(positions, heads=3, kv_heads=1, dim=128, slots=64, dtype=jnp.bfloat16)
+    arrays[-1] = arrays[-1][:, :5]  # all of 320 keys
+    beyond = np.where(np.equal(positions, 319), 9000, positions)
+    check_decode([*arrays, jnp.asarray(positions)], jnp.asarray(beyond, jnp.int32), capsys)
+
+
+@pytest.mark.parametrize("workers", [1, 5, 33])
+@pytest.mark.parametrize(
+    "reach",
+    [[-1], [0], [1_048_575], [-1, -1, 4095, -1, 63, 64, 1_000_000, -1], [511] * 64],
+    ids=["none", "one", "long", "ragged", "equal"],
+)
+def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
+    plan = jax.jit(gpu_decode._plan, static_argnums=1)
+    work, rows = (np.asarray(x) for x in plan(jnp.asarray(reach, jnp.int32), workers))
+    tiles = -(-(np.asarray(reach) + 1) // gpu_decode.TILE)
+    share = max(-(-tiles.sum() // workers), gpu_decode.MIN_SHARE)
+    seen = [[] for _ in reach]
+    places = {}
+    for worker, (begin, count, row) in enumerate(work):
+        assert count <= share
+        index = 0
+        while index < count:  # as the kernel goes
+            first, end = rows[row, :2] - begin
+            end = min(end, count)
+            assert index < end
+            seen[row] += range(index - first, end - first)
+            assert places.setdefault(row + worker, (row, worker)) == (row, worker)
+            index, row = end, rows[row, 3]
+    assert seen == [list(range(n)) for n in tiles]
+    for row, (*_, first_worker, number) in enumerate(rows):
+        wanted = {(row, first_worker + i) for i in range(number)}
+        assert {x for x in places.values() if x[0] == row} == wanted
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
+def test_shared_memory_holds_the_ring(dim):
+    shape = gpu_decode._Shape(1, 8, dim, 8, 64, 256, 1.0)
+    ring = 2 * shape.slots * gpu_decode.TILE * dim * 2
+    barriers = (1 + 2 * shape.slots) * 8
+    worker = ring + gpu_decode.ROWS * dim * 2 + barriers
+    assert worker <= 227 * 1024  # the most of one
+    assert shape.workers_a_core * (worker + 1024) <= 228 * 1024  # of a multiprocessor
+    assert shape.slots >= 2
+
+
+SPEC = jax.ShapeDtypeStruct
+MODELS = {name: preset(name) for name in ("bench-4b", "minimax-text-01")}
+
+
+def arguments(config, rows, queries, reach, slots=256, dtype=jnp.bfloat16):
+    """Shapes of the arguments of a layer whose rows reach so far, in a pool of ten layers."""
+    pages = 10 * rows * reach // slots
+    heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    return (
+        SPEC((rows, queries, heads, dim), dtype),
+        *(SPEC((pages, slots, kv_heads, dim), dtype) for _ in range(2)),
+        SPEC((rows, reach // slots), jnp.int32),
+        SPEC((rows, queries), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    ("rows", "queries", "reach"), [(1, 1, 4 << 20), (64, 1, 1 << 20), (8, 4, 32_768)]
+)
+def test_kernels_lower_for_cuda(config, rows, queries, reach):
+    arrays = arguments(config, rows, queries, reach)
+    program = jax.jit(functools.partial(gpu_decode.paged_attention, scale=0.1))
+    text = program.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2  # attend, merge
+
+
+def test_other_shapes_lower_for_cuda():
+    config = MODELS["bench-4b"]
+    for dim, slots in ((64, 16), (96, 32), (256, 64)):
+        *arrays, table, positions = arguments(config, 2, 1, 1024, slots)
+        arrays = (SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays)
+        program = jax.jit(functools.partial(gpu_decode.paged_attention, scale=0.1))
+        program.trace(*arrays, table, positions).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "dtype", "capability", "name"),
+    [
+        (64, 1, jnp.bfloat16, (9, 0), "pallas_gpu"),
+        (1, 8, jnp.bfloat16, (9, 0), "pallas_gpu"),
+        (1, 9, jnp.bfloat16, (9, 0), "cudnn"),
+        (1, 8192, jnp.bfloat16, (9, 0), "cudnn"),
+        (64, 1, jnp.bfloat16, (8, 0), "cudnn"),
+        (64, 1, jnp.float32, (9, 0), "xla"),
+        (64, 1, jnp.bfloat16, None, "xla"),
+    ],
+)
+def test_the_choice(rows, queries, dtype, capability, name, monkeypatch):
+    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: capability)
+    arrays = arguments(MODELS["minimax-text-01"], rows, queries, 4096, dtype=dtype)
+    chosen = dispatch.select("", api.IMPLEMENTATIONS, None, *arrays, scale=1.0)
+    assert chosen.name == name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(), "cpu: it is written for Hopper GPUs"),
+        (dict(dtype=jnp.float32), "dtype float32: it must be bfloat16"),
+        (dict(queries=0), r"empty queries, of shape \(1, 0, 16, 128\)"),
+        (dict(queries=17), "17 queries of 4 heads a key head: at most 64 together"),
+        (dict(slots=48), "pages of 48 slots: they must be 16, 32 or a multiple of 64"),
+        (dict(dim=24), "head size 24: it must be a multiple of 32 and at most 256"),
+    ],
+)
+def test_refusals(change, reason, monkeypatch):
+    if change:
+        monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
+    dim = change.pop("dim", 128)
+    *arrays, table, positions = arguments(
+        MODELS["bench-4b"], 1, change.pop("queries", 1), 480, change.pop("slots", 16), **change
+    )
+    arrays = [SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays]
+    arrays = [jnp.zeros(x.shape, x.dtype) for x in (*arrays, table, positions)]
+    with pytest.raises(NotImplementedError, match=reason):
+        paged_attention(*arrays, implementation="pallas_gpu")
