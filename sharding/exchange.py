@@ -1,0 +1,126 @@
+"""Rows that travel between the devices of one mesh axis, as many as each pair has to exchange.
+
+Counts are known to all devices beforehand, so that every device works out by itself where its rows
+come to lie. Called inside `jax.shard_map`.
+"""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Exchange = Literal["ragged", "padded"]
+
+
+class Lanes(NamedTuple):
+    """Rows on one device by slices, those of device 0 first: n devices with n_s slices each.
+
+    Attributes:
+      begins: first row of each slice on this device.
+      sizes: its rows.
+      targets: its first row on the device at the other end.
+    """
+
+    begins: Int[Array, "S"]
+    sizes: Int[Array, "S"]
+    targets: Int[Array, "S"]
+
+
+class Way(NamedTuple):
+    """What is static about an exchange.
+
+    Attributes:
+      axis_name: mesh axis.
+      exchange: 'ragged' or 'padded'.
+      block: the most rows from one device to another.
+      rows: of the buffer that receives.
+      rows_back: of the buffer that sends, which receives in the backward pass.
+    """
+
+    axis_name: str
+    exchange: Exchange
+    block: int
+    rows: int
+    rows_back: int
+
+    def reverse(self) -> "Way":
+        """The way back."""
+        return self._replace(rows=self.rows_back, rows_back=self.rows)
+
+
+def expert_lanes(
+    counts: Int[Array, "n E"], device: Int[Array, ""]
+) -> tuple[Lanes, Lanes, Int[Array, "E_local"]]:
+    """The lanes of rows that are sorted by expert at both ends, with E / n experts a device.
+
+    Args:
+      counts: rows that each device has for each expert.
+      device: this one.
+
+    Returns:
+      The slices this device sends, one for each of all experts; those it receives, one for each
+      device and each of its own experts; and the rows of its own experts. They land sorted by
+      expert, then by the device they come from.
+    """
+    devices, experts = counts.shape
+    here = experts // devices
+    begins = _before(counts, 1)
+    totals = jnp.sum(counts, axis=0).reshape(devices, here)
+    targets = _before(totals, 1).reshape(experts) + _before(counts, 0)
+
+    def mine(table):
+        return jax.lax.dynamic_slice_in_dim(table, device * here, here, 1).reshape(-1)
+
+    there = Lanes(begins[device], counts[device], targets[device])
+    return there, Lanes(mine(targets), mine(counts), mine(begins)), totals[device]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def move(way: Way, rows: Float[Array, "M D"], out: Lanes, back: Lanes) -> Float[Array, "R D"]:
+    """Send the slices `out`, receive the slices `back`; rows that nobody sends are 0.
+
+    The gradient takes the way back.
+    """
+    if way.exchange == "ragged":
+        empty = jnp.zeros((way.rows, rows.shape[1]), rows.dtype)
+        return jax.lax.ragged_all_to_all(
+            rows, empty, out.begins, out.sizes, out.targets, back.sizes, axis_name=way.axis_name
+        )
+    devices = jax.lax.axis_size(way.axis_name)
+    sent = rows.at[_block_rows(out, devices, way.block, way.rows_back)].get(
+        mode="fill", fill_value=0
+    )
+    came = jax.lax.all_to_all(sent, way.axis_name, 0, 0)
+    landed = jnp.zeros((way.rows, rows.shape[1]), rows.dtype)
+    return landed.at[_block_rows(back, devices, way.block, way.rows)].set(came, mode="drop")
+
+
+def _move_forward(way, rows, out, back):
+    return move(way, rows, out, back), (out, back)
+
+
+def _move_backward(way, lanes, grad):
+    out, back = lanes
+    return move(way.reverse(), grad, back, out), None, None
+
+
+move.defvjp(_move_forward, _move_backward)
+
+
+def _block_rows(lanes: Lanes, devices: int, block: int, missing: int) -> Int[Array, "n block"]:
+    """The row of each place in the blocks for the other devices; `missing` where there is none."""
+    begins, sizes = lanes.begins.reshape(devices, -1), lanes.sizes.reshape(devices, -1)
+    ends = jnp.cumsum(sizes, axis=1)
+    place = jnp.arange(block, dtype=jnp.int32)
+    # The first slice that ends after a place: an empty one never does.
+    find = functools.partial(jnp.searchsorted, side="right")
+    lane = jnp.minimum(jax.vmap(find, in_axes=(0, None))(ends, place), sizes.shape[1] - 1)
+    first = jnp.take_along_axis(begins - (ends - sizes), lane, axis=1)
+    return jnp.where(place < ends[:, -1:], first + place, missing)
+
+
+def _before(counts: Int[Array, "a b"], axis: int) -> Int[Array, "a b"]:
+    """The sum of the entries before each along an axis."""
+    return jnp.cumsum(counts, axis=axis) - counts

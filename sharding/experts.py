@@ -1,0 +1,395 @@
+"""Mixture of experts over devices: tokens travel to their experts and back.
+
+`mixture` takes global arrays; what it calls works on the shards inside `jax.shard_map`. Three forms
+give the same numbers, up to the rounding of the experts' products:
+
+- `local`: all experts on every device, or each device the choices of its own experts and a sum over
+  devices (`axis_name`), for tokens that all of them have, as when serving;
+- `exchanged`: other tokens on each device, which an all-to-all brings to the experts and back.
+
+Nothing is dropped unless the caller leaves out choices by `kept`. `within_capacity` makes such a
+mask from the counts of all devices: the global router of the paper (section 2.1).
+
+Call these under `shard_map(..., check_vma=False)`: loops in the kernels do not declare over which
+axes they vary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import platform
+from pallas_kernels.dispatch import accumulation_dtype
+from sharding import rules as _rules
+from sharding.capacity import expert_capacity, within_capacity
+from sharding.exchange import Exchange, Way, expert_lanes, move
+from sharding.partition import Partition
+
+# (rows [M, D] sorted by expert, rows of each local expert [E']) -> [M, D], 0 past the last expert.
+Compute = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+# ---------------------------------------------------------------- global arrays
+
+
+def mixture(
+    tokens: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    experts: Int[Array, "B T k"],
+    is_token: Bool[Array, "B T"],
+    params: Any,
+    *,
+    param_axes: Any,
+    compute: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    num_experts: int,
+    partition: Partition | None,
+    capacity_factor: float | None = None,
+    groups: int = 1,
+    exchange: Exchange | None = None,
+) -> tuple[Float[Array, "B T D"], Bool[Array, "B T k"] | None]:
+    """sum_k weights_k expert_k(token), experts and tokens spread as the partition says.
+
+    Where the rules split tokens over the mesh axis of the experts they are exchanged; where they do
+    not, all devices of that axis have the tokens, and add up what their own experts give.
+
+    Args:
+      tokens: activations.
+      weights: of each choice, fp32.
+      experts: the choices, best first, distinct for each token.
+      is_token: False for padding, which takes no room; without a capacity it goes to experts too.
+      params: the experts' weights, a tree.
+      param_axes: the same tree with the logical axes of each; 'embed' is gathered (ZeRO-3), and
+        'expert_mlp' stays split, so that `compute` gives a part of the sum over it.
+      compute: (params, rows [M, D], rows of each expert [E']) -> [M, D], for E' local experts;
+        rows past the last expert give 0.
+      num_experts: E.
+      partition: None for one device.
+      capacity_factor: see `within_capacity`; None drops nothing.
+      groups: parts of each device's tokens that are exchanged apart, so that one travels while
+        another is computed; a divisor of its number of tokens.
+      exchange: see `exchanged`.
+
+    Returns:
+      The output in fp32, and with a capacity which choices were kept.
+
+    Raises:
+      ValueError: sizes that the devices cannot share evenly, tokens not in `groups`, or rules that
+        no exchange can follow.
+    """
+    body = functools.partial(
+        _shard,
+        compute=compute,
+        num_experts=num_experts,
+        capacity_factor=capacity_factor,
+        groups=groups,
+        exchange=exchange,
+    )
+    arrays = tokens, weights, experts, is_token, params
+    if partition is None:
+        return body(*arrays, split=_Split(), gather=lambda params: params)
+    split = _split(partition)
+
+    def spec(axes, shape, name) -> PartitionSpec:
+        return _rules.spec(partition.rules, axes, shape, partition.mesh, name=name)
+
+    leading = spec(("batch", "seq"), tokens.shape[:2], "tokens")
+    param_specs = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, axes: spec(axes, leaf.shape, "experts" + jax.tree_util.keystr(path)),
+        params,
+        param_axes,
+    )
+    gather = functools.partial(_gathered, axes=param_axes, specs=param_specs)
+    run = jax.shard_map(
+        functools.partial(body, split=split, gather=gather),
+        mesh=partition.mesh,
+        in_specs=(leading, leading, leading, leading, param_specs),
+        out_specs=(leading, None if capacity_factor is None else leading),
+        check_vma=False,
+    )
+    return run(*arrays)
+
+
+class _Split(NamedTuple):
+    """Mesh axes that split the experts' logical axes, those of one device left out."""
+
+    batch: tuple[str, ...] = ()
+    seq: tuple[str, ...] = ()
+    experts: str | None = None
+    expert_mlp: tuple[str, ...] = ()
+
+
+def _split(partition: Partition) -> _Split:
+    names = ("batch", "seq", "experts", "expert_mlp")
+    batch, seq, experts, expert_mlp = map(partition.axes_of, names)
+    if len(experts) > 1:
+        raise ValueError(
+            f"rules {partition.rules.name!r} split 'experts' over {experts}; tokens are exchanged "
+            "over one mesh axis: name one"
+        )
+    both = set(expert_mlp) & {*batch, *seq}
+    if both:
+        raise ValueError(
+            f"rules {partition.rules.name!r} split 'expert_mlp' and the tokens over {both}; "
+            "devices that share an expert must have the same tokens: take another mesh axis for one"
+        )
+    return _Split(batch, seq, experts[0] if experts else None, expert_mlp)
+
+
+def _gathered(params: Any, *, axes: Any, specs: Any) -> Any:
+    """The weights of this device's experts, whole but for their width (ZeRO-3).
+
+    The gradient of each gather is a reduce-scatter.
+    """
+
+    def leaf(array, logical, spec):
+        for dimension, entry in enumerate(spec):
+            over = _rules.names(entry)
+            if over and logical[dimension] not in ("experts", "expert_mlp"):
+                array = jax.lax.all_gather(array, over, axis=dimension, tiled=True)
+        return array
+
+    return jax.tree.map(leaf, params, axes, specs)
+
+
+def _shard(
+    tokens,
+    weights,
+    experts,
+    is_token,
+    params,
+    *,
+    compute,
+    num_experts,
+    capacity_factor,
+    groups,
+    exchange,
+    split: _Split,
+    gather: Callable[[Any], Any],
+) -> tuple[Float[Array, "B T D"], Bool[Array, "B T k"] | None]:
+    """What one device does; see `mixture`."""
+    per_token = experts.shape[-1]
+    kept, capacity = None, None
+    if capacity_factor is not None:
+        kept = within_capacity(
+            experts,
+            is_token,
+            num_experts=num_experts,
+            capacity_factor=capacity_factor,
+            batch_axes=split.batch,
+            seq_axes=split.seq,
+        )
+        devices = math.prod(jax.lax.axis_size(axis) for axis in (*split.batch, *split.seq))
+        capacity = expert_capacity(is_token.size * devices, per_token, num_experts, capacity_factor)
+
+    with jax.named_scope("gather_experts"):
+        params = gather(params)
+
+    def run(rows, group_sizes):
+        return compute(params, rows, group_sizes)
+
+    flat_tokens = tokens.reshape(-1, tokens.shape[-1])
+    flat_weights, flat_experts = weights.reshape(-1, per_token), experts.reshape(-1, per_token)
+    flat_kept = None if kept is None else kept.reshape(-1, per_token)
+    form: Callable[..., jax.Array] = local
+    if split.experts in (*split.batch, *split.seq):
+        form = functools.partial(exchanged, capacity=capacity, groups=groups, exchange=exchange)
+    out = form(
+        flat_tokens,
+        flat_weights,
+        flat_experts,
+        run,
+        num_experts=num_experts,
+        axis_name=split.experts,
+        kept=flat_kept,
+        tensor_axes=split.expert_mlp,
+    )
+    return out.reshape(tokens.shape), kept
+
+
+# ---------------------------------------------------------------- on each device
+
+
+def local(
+    tokens: Float[Array, "N D"],
+    weights: Float[Array, "N k"],
+    experts: Int[Array, "N k"],
+    compute: Compute,
+    *,
+    num_experts: int,
+    axis_name: str | None = None,
+    kept: Bool[Array, "N k"] | None = None,
+    tensor_axes: tuple[str, ...] = (),
+) -> Float[Array, "N D"]:
+    """Mix the experts of tokens that every device of `axis_name` has.
+
+    Args:
+      tokens, weights, experts: as in `mixture`, flattened.
+      compute: see `Compute`; it has the experts of this device, or a part of each (`tensor_axes`).
+      num_experts: E.
+      axis_name: mesh axis that splits the experts, in order; None when all are here.
+      kept: choices to compute; None is all.
+      tensor_axes: mesh axes that split the width of each expert.
+
+    Returns:
+      The sum, fp32, the same on all devices of `axis_name` and `tensor_axes`.
+    """
+    here = num_experts
+    mine = experts
+    if axis_name is not None:
+        here = num_experts // jax.lax.axis_size(axis_name)
+        mine = experts - jax.lax.axis_index(axis_name) * here
+    chosen = (mine >= 0) & (mine < here)
+    if kept is not None:
+        chosen = chosen & kept
+    flat = jnp.where(chosen, mine, here).reshape(-1)
+    order, place = _sorted(flat)
+    rows: Any = _dispatch(experts.shape[1], tokens, order, place)
+    rows = _combine(compute(rows, _count(flat, here)), order, place)
+    out = _weighted_sum(rows.reshape(*experts.shape, -1), weights)
+    over = tensor_axes if axis_name is None else (axis_name, *tensor_axes)
+    return jax.lax.psum(out, over) if over else out
+
+
+def exchanged(
+    tokens: Float[Array, "N D"],
+    weights: Float[Array, "N k"],
+    experts: Int[Array, "N k"],
+    compute: Compute,
+    *,
+    num_experts: int,
+    axis_name: str,
+    kept: Bool[Array, "N k"] | None = None,
+    capacity: int | None = None,
+    tensor_axes: tuple[str, ...] = (),
+    groups: int = 1,
+    exchange: Exchange | None = None,
+) -> Float[Array, "N D"]:
+    """Mix the experts of this device's own tokens by an all-to-all there and one back.
+
+    Rows are sorted by expert before they leave and land sorted by expert, then by the device they
+    come from. A device makes room for all that could come: N k rows from each of n devices, less
+    where it has fewer than k experts or `capacity` says so.
+
+    Args:
+      tokens, weights, experts: as in `mixture`, flattened; experts are numbered globally.
+      compute: see `Compute`, with the experts of this device.
+      num_experts: E.
+      axis_name: mesh axis that splits the experts, in order, and the tokens.
+      kept: choices to send; None is all.
+      capacity: no expert has more choices in `kept`, all devices together; None when unknown.
+      tensor_axes: mesh axes that split the width of each expert; they have the same tokens.
+      groups: parts of the tokens, one after the other in the program and independent of each other,
+        so that the compiler may overlap one's exchange with another's products.
+      exchange: 'ragged' sends the rows there are (GPU, TPU), 'padded' as many to each device as
+        could be (everywhere); None is 'padded' on CPU, which has no other.
+
+    Returns:
+      The sum, fp32.
+    """
+    count, per_token = experts.shape
+    devices = jax.lax.axis_size(axis_name)
+    here = num_experts // devices
+    if groups < 1 or count % groups:
+        raise ValueError(
+            f"{count} tokens on each device cannot be cut into groups={groups}; choose a divisor"
+        )
+    if exchange not in (None, "ragged", "padded"):
+        raise ValueError(f"exchange is {exchange!r}; choose None, 'ragged' or 'padded'")
+    size = count // groups
+    # The most rows to, and in all at, one device.
+    block = size * min(per_token, here)
+    received = block * devices
+    if capacity is not None:
+        block, received = min(block, here * capacity), min(received, here * capacity)
+    chosen = experts if kept is None else jnp.where(kept, experts, num_experts)
+    flat = chosen.reshape(groups, size * per_token)
+    counts = jax.vmap(_count, in_axes=(0, None))(flat, num_experts)
+    # The one thing the groups share, before any of them: how many rows go from where to where.
+    counts = jax.lax.all_gather(counts, axis_name)  # [n, groups, E]
+    form: Exchange = "padded" if platform.target() == "cpu" else "ragged"
+    way = Way(axis_name, exchange or form, block, rows=received, rows_back=size * per_token)
+
+    outs = []
+    for group in range(groups):
+        part = slice(group * size, (group + 1) * size)
+        order, place = _sorted(flat[group])
+        there, back, group_sizes = expert_lanes(counts[:, group], jax.lax.axis_index(axis_name))
+        with jax.named_scope("dispatch"):
+            rows: Any = _dispatch(per_token, tokens[part], order, place)
+            rows = move(way, rows, there, back)
+        rows = compute(rows, group_sizes)
+        with jax.named_scope("combine"):
+            rows = move(way.reverse(), rows, back, there)
+            rows = _combine(rows, order, place)
+            outs.append(_weighted_sum(rows.reshape(size, per_token, -1), weights[part]))
+    out = jnp.concatenate(outs) if groups > 1 else outs[0]
+    # After the sum over k, of which there are fewer rows than of choices.
+    return jax.lax.psum(out, tensor_axes) if tensor_axes else out
+
+
+def _sorted(flat: Int[Array, "M"]) -> tuple[Int[Array, "M"], Int[Array, "M"]]:
+    """The choice in each row once sorted by expert, and the row of each choice."""
+    order = jnp.argsort(flat, stable=True)
+    return order, jnp.argsort(order)
+
+
+def _count(flat: Int[Array, "M"], bins: int) -> Int[Array, "bins"]:
+    return jnp.bincount(flat, length=bins + 1)[:bins].astype(jnp.int32)
+
+
+# Two gathers by a permutation that is known in both directions: `order[i]` is the choice in sorted
+# row i, `place` its inverse. So their gradients are gathers as well, where autodiff would scatter
+# and add up in bf16.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(
+    per_token: int, tokens: Float[Array, "N D"], order: Int[Array, "M"], place: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """The token of each choice, sorted: row i is token `order[i] // per_token`."""
+    return tokens[order // per_token]
+
+
+def _dispatch_forward(per_token, tokens, order, place):
+    return _dispatch(per_token, tokens, order, place), place
+
+
+def _dispatch_backward(per_token, place, grad):
+    choices = grad[place].reshape(-1, per_token, grad.shape[1])
+    total = jnp.sum(choices, axis=1, dtype=accumulation_dtype(grad.dtype))
+    return total.astype(grad.dtype), None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(
+    rows: Float[Array, "M D"], order: Int[Array, "M"], place: Int[Array, "M"]
+) -> Float[Array, "M D"]:
+    """Sorted rows back in the order of the choices: row i is the one at `place[i]`."""
+    return rows[place]
+
+
+def _combine_forward(rows, order, place):
+    return _combine(rows, order, place), order
+
+
+def _combine_backward(order, grad):
+    return grad[order], None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _weighted_sum(
+    choices: Float[Array, "N k D"], weights: Float[Array, "N k"]
+) -> Float[Array, "N D"]:
+    return jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1)

@@ -1,0 +1,87 @@
+"""A mesh and its rules: what modules are handed, so that they name logical axes only."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from sharding import rules as _rules
+from sharding.rules import Rules
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How arrays are spread. Hashable, so that it can be a static argument of `jax.jit`.
+
+    Raises:
+      ValueError: the rules name an axis that the mesh has not, or leave one of its axes without
+        anything to split, so that its devices would all do the same.
+    """
+
+    mesh: Mesh | AbstractMesh
+    rules: Rules
+
+    def __post_init__(self):
+        used = set()
+        for axis in _rules.LOGICAL_AXES:
+            used |= set(getattr(self.rules, axis))
+        for axis in sorted(used - set(self.mesh.shape)):
+            raise ValueError(
+                f"rules {self.rules.name!r} use mesh axis {axis!r}; the mesh has "
+                f"{', '.join(self.mesh.shape)}"
+            )
+        for axis, size in self.mesh.shape.items():
+            if size > 1 and axis not in used:
+                raise ValueError(
+                    f"rules {self.rules.name!r} split nothing over mesh axis {axis!r}, whose "
+                    f"{size} devices would all do the same; make it 1 or choose other rules"
+                )
+
+    def axes_of(self, logical: str) -> tuple[str, ...]:
+        """Mesh axes of more than one device that split a logical axis."""
+        found: tuple[str, ...] = getattr(self.rules, logical)
+        return tuple(axis for axis in found if self.mesh.shape[axis] > 1)
+
+    def sharding(
+        self,
+        axes: tuple[str | None, ...],
+        shape: tuple[int, ...],
+        *,
+        name: str = "array",
+    ) -> NamedSharding:
+        """The sharding of an array with these logical axes; see `rules.spec`."""
+        split = _rules.spec(self.rules, axes, shape, self.mesh, name=name)
+        return NamedSharding(self.mesh, split)
+
+
+def constrain(x: jax.Array, *axes: str | None, partition: Partition | None) -> jax.Array:
+    """Tell the compiler how `x` is spread: `constrain(x, "batch", "seq", "embed", partition=p)`.
+
+    Without a partition, on one device, it is `x`.
+
+    Raises:
+      ValueError: see `rules.spec`.
+    """
+    if partition is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition.sharding(axes, x.shape))
+
+
+def named(arrays: Any, axes: Any, partition: Partition) -> Any:
+    """Shardings of a tree of arrays.
+
+    Args:
+      arrays: anything with a shape at the leaves: arrays, `jax.ShapeDtypeStruct`s.
+      axes: the same tree with a tuple of logical axes at each leaf.
+      partition: where they go.
+
+    Raises:
+      ValueError: see `rules.spec`; the message has the path of the array.
+    """
+
+    def leaf(path, array, names):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return partition.sharding(tuple(names), array.shape, name=name)
+
+    return jax.tree_util.tree_map_with_path(leaf, arrays, axes)
