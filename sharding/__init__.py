@@ -1,5 +1,14 @@
 """Spreading arrays over a mesh by the names of their axes. Knows jax and `pallas_kernels` only.
 
-Parameters already carry the names (`mmx.nn.layers.ParamSpec.axes`); mesh, rules and the parallel
-forms of the layers are not written yet.
+Arrays carry logical axes (`mmx.nn.layers.ParamSpec.axes`), `Rules` say which axes of a mesh split
+them, and a `Partition` is mesh and rules together. `experts` brings tokens to their experts.
 """
+
+from sharding import experts as experts
+from sharding import rules as rules
+from sharding.mesh import MeshConfig as MeshConfig
+from sharding.mesh import axis_sizes as axis_sizes
+from sharding.mesh import make_mesh as make_mesh
+from sharding.partition import Partition as Partition
+from sharding.partition import constrain as constrain
+from sharding.partition import named as named

@@ -196,7 +196,7 @@ def _shard(
     flat_tokens = tokens.reshape(-1, tokens.shape[-1])
     flat_weights, flat_experts = weights.reshape(-1, per_token), experts.reshape(-1, per_token)
     flat_kept = None if kept is None else kept.reshape(-1, per_token)
-    form: Callable[..., jax.Array] = local
+    form: Any = local
     if split.experts in (*split.batch, *split.seq):
         form = functools.partial(exchanged, capacity=capacity, groups=groups, exchange=exchange)
     out = form(
