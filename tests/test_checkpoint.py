@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, on any devices, and to its own config."""
 
 import json
-import multiprocessing
 import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -140,14 +139,6 @@ def test_parameters_alone(tmp_path):
 
 
 # ---------------------------------------------------------------- other devices
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Children forked from a server that has imported what they need and touched no device."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmx.training.checkpoint", "optax"])
-    return context
 
 
 def _resume(folder, devices, pipe):

@@ -1,7 +1,6 @@
 """Killed at any moment, or on a full disk: what was complete stays, what is half is no step."""
 
 import errno
-import multiprocessing
 import os
 import random
 import resource
@@ -22,14 +21,6 @@ from mmx.training.checkpoint import Checkpoints, SaveFailed, restore_params
 
 SIZE = 1 << 18
 KEEP = 2
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Children forked from a server that has imported what they need and touched no device."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmx.training.checkpoint", "optax"])
-    return context
 
 
 def make_state(value):
