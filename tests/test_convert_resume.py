@@ -79,7 +79,7 @@ def stamps(work, names):
 def kill(processes, command, work, files, delay):
     """Run a child and kill it so many seconds after so many files; whether it was at it.
 
-    Files and not seconds alone: a busy machine takes longer, and the kill comes inside all the same.
+    Files and not seconds alone: on a busy machine, too, the kill comes inside.
     """
     child = processes.Process(target=in_child, args=(command,))
     child.start()
