@@ -64,10 +64,10 @@ def test_one_query(interpreted, capsys):
 
 def test_several_queries(interpreted, capsys):
     """In no order, with padding, past the table; one key head and 3 x 3 rows of a product."""
-    positions = [[319, 200, 199], [70, 3, -1], [-1, -1, -1], [-1, 127, 128]]
-    *arrays, _ = case(positions, heads=3, kv_heads=1, dim=128, slots=64, dtype=jnp.bfloat16)
-    arrays[-1] = arrays[-1][:, :5]  # all of 320 keys
-    beyond = np.where(np.equal(positions, 319), 9000, positions)
+    positions = [[383, 200, 199], [70, 3, -1], [-1, -1, -1], [-1, 127, 128]]
+    *arrays, _ = case(positions, heads=3, kv_heads=1, dim=128, slots=128, dtype=jnp.bfloat16)
+    arrays[-1] = arrays[-1][:, :3]  # all of 384 keys
+    beyond = np.where(np.equal(positions, 383), 9000, positions)
     check_decode([*arrays, jnp.asarray(positions)], jnp.asarray(beyond, jnp.int32), capsys)
 
 

@@ -106,8 +106,7 @@ def _attend(spans: _Spans, q, key_pages, value_pages, page_table, *, scale: floa
     out, lse = _fused(q, keys, values, spans.counts, spans.counts, causal=True, scale=scale)
     number = -(-jnp.max(spans.starts) // block)
     out, _ = jax.lax.fori_loop(0, number, add_block, (out.astype(jnp.float32), lse))
-    real = jnp.arange(q.shape[1]) < spans.counts[:, None]
-    return jnp.where(real[..., None, None], out, 0).astype(q.dtype)
+    return out.astype(q.dtype)
 
 
 def _own_keys(spans: _Spans, length: int, key_pages, value_pages, page_table):
@@ -119,7 +118,10 @@ def _own_keys(spans: _Spans, length: int, key_pages, value_pages, page_table):
 
 
 def _fused(q, k, v, q_length, kv_length, *, causal: bool, scale: float):
-    """(out, log-sum-exp) of the first queries of each row and its first keys, perhaps none."""
+    """(out, log-sum-exp) of the first queries of each row and its first keys, perhaps none.
+
+    The others give 0, and so does the one query that stands for a row without any.
+    """
     # cuDNN's lengths are at least 1; what lies past them it multiplies by 0, which hides no NaN.
     exists = (jnp.arange(k.shape[1]) < kv_length[:, None])[..., None, None]
     k, v = (jnp.where(exists, x, 0) for x in (k, v))

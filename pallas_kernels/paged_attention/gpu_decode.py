@@ -323,12 +323,13 @@ def _row(share: _Share, number) -> _Row:
 
 
 def _locate(share: _Share, row: _Row, index) -> _Place:
-    """Find a tile of a row; what would lie past the row's last page is that page again."""
+    """Find a tile of a row; what lies past its last key may be of any page."""
     shape, table = share.shape, share.refs.table
     slots = jnp.int32(shape.page_slots)
     key = (index - row.begin) * TILE
-    last = lax.div(jnp.maximum(row.last, 0), slots)
-    numbers = [jnp.clip(lax.div(key, slots) + i, 0, last) for i in range(shape.copies)]
+    numbers = [
+        jnp.minimum(lax.div(key, slots) + i, table.shape[1] - 1) for i in range(shape.copies)
+    ]
     pages = tuple(jnp.clip(table[row.number, n], 0, shape.pages - 1) for n in numbers)
     return _Place(row, pages, lax.rem(key, slots))
 
