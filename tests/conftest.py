@@ -12,7 +12,7 @@ PRELOADED = [
     "mmx.cli.convert",
     "mmx.convert.check",
     "mmx.convert.source_orbax",
-    "mmx.training.checkpoint",
+    "mmx.training.loop",
     "optax",
     "pytest",
 ]

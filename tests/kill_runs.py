@@ -8,6 +8,7 @@ Lives are forks of a process that has imported everything and has not yet touche
 
 import json
 import os
+import pickle
 import random
 import signal
 import sys
@@ -15,11 +16,12 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import train_runs
+from jax.experimental import serialize_executable
 
-from mmx.data.shards import Manifest
+from mmx.data.shards import Manifest, write_atomic
 from mmx.training import folders, loop
+from mmx.training.step import TrainStep
 
 SAVE_EVERY = 3
 
@@ -34,8 +36,8 @@ def life(corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float]
             sys.exit(f"a life ended with {code}")
         return
     try:
-        jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        train_runs.keep_programs(folder.parent / "programs")
+        _keep_step(folder.parent / "step")
         if die_after is not None:
             _die(*die_after)
         options = dict(save_every=SAVE_EVERY, heldout_every=0)
@@ -44,6 +46,37 @@ def life(corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float]
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _keep_step(file: Path) -> None:
+    """Compile the step in the first life; tracing it would be most of what the others do."""
+    make = loop.make_train_step
+
+    def make_kept(config, options, *, state_shardings=None):
+        traced = make(config, options, state_shardings=state_shardings).program
+        return TrainStep(config, KeptProgram(file, traced))
+
+    loop.make_train_step = make_kept
+
+
+class KeptProgram:
+    """A jitted function that is compiled, or read from the file where that has been done."""
+
+    def __init__(self, file: Path, traced):
+        self.file, self.traced, self.compiled = file, traced, None
+
+    def __call__(self, *arguments):
+        if self.compiled is None:
+            if self.file.exists():
+                parts = pickle.loads(self.file.read_bytes())
+            else:
+                parts = serialize_executable.serialize(self.traced.lower(*arguments).compile())
+                write_atomic(self.file, pickle.dumps(parts))
+            self.compiled = serialize_executable.deserialize_and_load(*parts)
+        return self.compiled(*arguments)
+
+    def _cache_size(self) -> int:
+        return 1
 
 
 def _die(step: int, seconds: float) -> None:

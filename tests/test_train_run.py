@@ -1,8 +1,5 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,17 +27,19 @@ def whole(corpus, tmp_path_factory):
     return folder, train_runs.run(corpus, folder, STEPS)
 
 
-def _process(corpus, folder, *arguments, devices=8):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, train_runs.__file__, str(corpus.folder), str(folder)]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def run_child(processes, corpus, tmp_path_factory):
+    """Train in a process of its own; gives its exit code."""
+    programs = tmp_path_factory.mktemp("programs")
+
+    def run(folder, steps, **options):
+        arguments = corpus.folder, folder, steps, programs
+        child = processes.Process(target=train_runs.child, args=arguments, kwargs=options)
+        child.start()
+        child.join()
+        return child.exitcode
+
+    return run
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -73,9 +72,8 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run(corpus, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 7])
-def test_a_killed_run_repeats_the_lost_steps_bit_for_bit(corpus, whole, tmp_path, step):
-    killed = _process(corpus, tmp_path, STEPS, step)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+def test_a_killed_run_repeats_the_lost_steps_bit_for_bit(corpus, whole, run_child, tmp_path, step):
+    assert run_child(tmp_path, STEPS, kill_at=step) == -signal.SIGKILL
     assert train_runs.losses(tmp_path)[-1][0] == step
     train_runs.run(corpus, tmp_path, STEPS)
     assert train_runs.losses(tmp_path) == train_runs.losses(whole[0])
@@ -83,10 +81,9 @@ def test_a_killed_run_repeats_the_lost_steps_bit_for_bit(corpus, whole, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_numbers_of_devices(corpus, whole, tmp_path):
+def test_a_run_goes_on_on_other_numbers_of_devices(whole, run_child, tmp_path):
     for steps, devices in ((3, 8), (6, 1), (STEPS, 4)):
-        done = _process(corpus, tmp_path, steps, devices=devices)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert run_child(tmp_path, steps, devices=devices) == 0
     ours, theirs = (np.array(train_runs.losses(f)) for f in (tmp_path, whole[0]))
     # The order of sums differs with the devices, and nothing else.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

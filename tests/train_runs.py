@@ -1,14 +1,10 @@
-"""A training run small enough for tests, as a function and as a script for processes of their own.
-
-python train_runs.py CORPUS RUN STEPS [KILL_AT_STEP]
-"""
+"""A training run small enough for tests, here or in a process of its own."""
 
 import functools
 import hashlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import jax
@@ -124,6 +120,24 @@ def digest(folder: Path, step: int) -> str:
     return total.hexdigest()
 
 
+def keep_programs(folder: Path) -> None:
+    """Let the processes that are told the same folder compile a program once between them."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def child(
+    shards: Path, folder: Path, steps: int, programs: Path, *, devices: int = 8, kill_at: int = 0
+) -> None:
+    """What a process of its own does: all devices train; with `kill_at` one does, up to there."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    keep_programs(programs)
+    if kill_at:
+        _kill_at(kill_at)
+    # A killed run is compared bit for bit with one of this process' kind, on one device.
+    run(Manifest.load(shards), folder, steps, placement=Placement() if kill_at else None)
+
+
 def _kill_at(step: int) -> None:
     write = loop.Logbook.write
 
@@ -133,12 +147,3 @@ def _kill_at(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     loop.Logbook.write = last_words
-
-
-if __name__ == "__main__":
-    shards, run_dir, number, *kill = sys.argv[1:]
-    if kill:
-        _kill_at(int(kill[0]))
-    # A killed run is compared bit for bit with one of this process' kind, on one device.
-    placement = Placement() if kill else None
-    run(Manifest.load(shards), Path(run_dir), int(number), placement=placement)
