@@ -6,6 +6,7 @@ program is as long as one superblock whatever the depth. Decay slopes depend on 
 and are scanned beside the parameters.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -73,8 +74,12 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     specs = layers.specs(_modules(config))
 
     def stack(spec: ParamSpec) -> ParamSpec:
-        shape = (config.num_superblocks, *spec.shape)
-        return ParamSpec(shape, ("layers", *spec.axes), spec.std, spec.fp32)
+        return dataclasses.replace(
+            spec,
+            shape=(config.num_superblocks, *spec.shape),
+            axes=("layers", *spec.axes),
+            inputs=tuple(axis + 1 for axis in spec.inputs),
+        )
 
     specs["blocks"] = jax.tree.map(stack, specs["blocks"])
     return specs

@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import truth
 from jax.extend.core import Literal
-from kernel_cases import GROUPED_CASES, TOLERANCE, check_grouped, named
+from kernel_cases import GROUPED_CASES, TOLERANCE, check_close, check_grouped, named
 
 from pallas_kernels import dispatch, grouped_matmul
+from pallas_kernels.grouped_matmul import gpu_hopper
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -18,6 +20,76 @@ def test_equals_group_after_group(case, dtype):
 def test_reference_equals_group_after_group(case):
     tolerance = TOLERANCE[jnp.float32]
     check_grouped(case, jnp.float32, implementation="reference", tolerance=tolerance)
+
+
+# ---------------------------------------------------------------- int8
+
+
+INT8_CASES = [
+    case
+    for case in GROUPED_CASES
+    if case.name in ("ragged", "empty_groups", "rows_past_the_end", "one_row", "skewed")
+]
+
+
+def int8_arguments(case, dtype):
+    rng = np.random.default_rng(len(case.name) + case.rows)
+    groups = len(case.group_sizes)
+    w = rng.integers(-127, 128, (groups, case.inner, case.columns), np.int8)
+    # Apart by powers of ten: the scale of another group or column would be far off.
+    scale = 10.0 ** rng.uniform(-3, 1, (groups, 1, case.columns))
+    x = jnp.asarray(rng.standard_normal((case.rows, case.inner)), dtype)
+    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    return (x, jnp.asarray(w), sizes), jnp.asarray(scale, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(None, jnp.bfloat16), ("xla", jnp.float32), ("reference", jnp.float32)],
+)
+@pytest.mark.parametrize("case", **named(INT8_CASES))
+def test_int8(case, dtype, implementation):
+    """Each group's integers times their scales; casts are exact, so the float tolerance holds."""
+    (x, w, sizes), scale = int8_arguments(case, dtype)
+    out = grouped_matmul(x, w, sizes, w_scale=scale, implementation=implementation)
+    assert out.dtype == dtype
+    true = truth.grouped_matmul(
+        x, truth.wide(w) * truth.wide(scale), case.group_sizes, np.zeros(out.shape)
+    )[0]
+    # Column by column, as the scales are apart.
+    check_close(out, true, TOLERANCE[dtype], "output", axis=1)
+
+
+def test_int8_is_scaled_before_it_is_rounded():
+    """3 * 127 * 1.002 = 381.8 is 382 in bf16; 381 is none of its numbers, 380 * 1.002 is 380."""
+    x, sizes = jnp.ones((1, 3), jnp.bfloat16), jnp.asarray([1])
+    w, scale = jnp.full((1, 3, 1), 127, jnp.int8), jnp.full((1, 1, 1), 1.002, jnp.float32)
+    for implementation in ("xla", "reference"):
+        out = grouped_matmul(x, w, sizes, w_scale=scale, implementation=implementation)
+        assert out[0, 0] == 382
+
+
+def test_int8_is_cast_one_matrix_at_a_time():
+    (x, w, sizes), scale = int8_arguments(GROUPED_CASES[2], jnp.bfloat16)
+    program = jax.jit(lambda *a: grouped_matmul(*a[:3], w_scale=a[3])).lower(x, w, sizes, scale)
+    text = program.compile().as_text()
+    assert "s8[4,8,12]" in text
+    assert "bf16[4,8,12]" not in text
+    assert "f32[4,8,12]" not in text
+
+
+def test_int8_passes_no_gradient():
+    (x, w, sizes), scale = int8_arguments(GROUPED_CASES[0], jnp.float32)
+    with pytest.raises(NotImplementedError, match="an int8 w passes no gradient; train in bf16"):
+        jax.grad(lambda x: jnp.sum(grouped_matmul(x, w, sizes, w_scale=scale)))(x)
+
+
+def test_kernels_refuse_int8():
+    (x, w, sizes), scale = int8_arguments(GROUPED_CASES[0], jnp.bfloat16)
+    assert "int8: both must be bfloat16" in str(gpu_hopper.unsupported_arguments(x, w))
+    for name in ("pallas_gpu", "pallas_tpu"):
+        with pytest.raises(NotImplementedError, match=f"{name}.* does not support"):
+            grouped_matmul(x, w, sizes, w_scale=scale, implementation=name)
 
 
 def _multiplications(function, *arguments) -> int:
@@ -102,6 +174,15 @@ BAD = [
     (dict(group_sizes=jnp.ones(3)), "group_sizes has dtype float32; it must be integer"),
     (dict(x=jnp.ones((6, 4), jnp.bfloat16)), "dtypes disagree .*x bfloat16"),
     (dict(w=jnp.ones((3, 4, 5), jnp.int32)), "w has dtype int32"),
+    (dict(w=jnp.ones((3, 4, 5), jnp.int8)), "w has dtype int8"),
+    (
+        dict(w_scale=jnp.ones((3, 1, 5))),
+        "w has dtype float32 and w_scale float32; .* must be int8 and float32",
+    ),
+    (
+        dict(w=jnp.ones((3, 4, 5), jnp.int8), w_scale=jnp.ones((3, 5))),
+        r"w_scale has shape \(3, 5\); it must be \(3, 1, 5\)",
+    ),
     (
         dict(implementation="ragged"),
         "unknown implementation 'ragged'; choose None or one of .*'xla'",

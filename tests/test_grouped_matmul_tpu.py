@@ -90,8 +90,9 @@ def test_products_of_fp32_are_fp32(dtype, wanted, surrounding):
 
 
 def test_what_is_unsupported():
-    def unsupported(rows, dtype):
-        x, w = jax.ShapeDtypeStruct((rows, 4), dtype), jax.ShapeDtypeStruct((2, 4, 6), dtype)
+    def unsupported(rows, dtype, w=None):
+        x = jax.ShapeDtypeStruct((rows, 4), dtype)
+        w = jax.ShapeDtypeStruct((2, 4, 6), dtype) if w is None else w
         return tpu.unsupported(x, w, jax.ShapeDtypeStruct((2,), jnp.int32))  # pyright: ignore
 
     assert "platform 'cpu'" in str(unsupported(8, jnp.float32))
@@ -100,6 +101,8 @@ def test_what_is_unsupported():
         assert unsupported(8, jnp.float32) is None
         assert "dtype float64" in str(unsupported(8, jnp.float64))
         assert "empty arrays x (0, 4)" in str(unsupported(0, jnp.float32))
+        in_int8 = jax.ShapeDtypeStruct((2, 4, 6), jnp.int8)
+        assert "dtype int8" in str(unsupported(8, jnp.float32, in_int8))
 
 
 def compile_cases() -> list[Compile]:

@@ -25,15 +25,18 @@ class SoftmaxAttention(nnx.Module):
             ("embed", "heads", "head_dim"),
             fan_in=dim,
             fan_out=heads * head_dim,
+            inputs=(0,),
         )
-        kv_shape, kv_axes = (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        self.k_proj = declare(kv_shape, kv_axes, fan_in=dim, fan_out=kv_heads * head_dim)
-        self.v_proj = declare(kv_shape, kv_axes, fan_in=dim, fan_out=kv_heads * head_dim)
+        shape, axes = (dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        fan_out = kv_heads * head_dim
+        self.k_proj = declare(shape, axes, fan_in=dim, fan_out=fan_out, inputs=(0,))
+        self.v_proj = declare(shape, axes, fan_in=dim, fan_out=fan_out, inputs=(0,))
         self.out_proj = declare(
             (heads, head_dim, dim),
             ("heads", "head_dim", "embed"),
             fan_in=heads * head_dim,
             fan_out=dim,
+            inputs=(0, 1),
         )
 
     def __call__(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import platform
+from mmx.nn.quantized import Int8
+from pallas_kernels import grouped_matmul, platform
 from pallas_kernels.dispatch import einsum
 
 # Element by element, in fp32: the backward pass computes these again from bf16 inputs rather than
@@ -44,14 +45,17 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def project(
-    subscripts: str, x: Array, kernel: Array, *, out_dtype: jnp.dtype | None = None
+    subscripts: str, x: Array, kernel: Array | Int8, *, out_dtype: jnp.dtype | None = None
 ) -> Array:
     """An einsum of activations and weights: true fp32 for fp32 operands, fp32 accumulation always.
 
     The result has the dtype of `x` unless `out_dtype` says otherwise. With bf16 operands the
     gradient that comes back is rounded to bf16 before it is multiplied, so that all three products
-    of a training step run at the speed of bf16.
+    of a training step run at the speed of bf16. Weights in int8 are cast exactly and the scale
+    multiplies the fp32 sum.
     """
+    if isinstance(kernel, Int8):
+        return _scaled(subscripts, x, kernel).astype(out_dtype or x.dtype)
     kernel = kernel.astype(x.dtype)
     if x.dtype.itemsize >= 4:
         return einsum(subscripts, x, kernel).astype(out_dtype or x.dtype)
@@ -59,6 +63,33 @@ def project(
         return _rounded(subscripts, x, kernel)
     wide: jax.Array = _widened(subscripts, x, kernel)
     return wide.astype(out_dtype)
+
+
+def project_groups(
+    rows: Float[Array, "M K"],
+    kernel: Float[Array, "G K N"] | Int8,
+    group_sizes: Int[Array, "G"],
+    *,
+    implementation: str | None,
+) -> Float[Array, "M N"]:
+    """Rows sorted by group, each group times its own matrix: `pallas_kernels.grouped_matmul`."""
+    if isinstance(kernel, Int8):
+        return grouped_matmul(
+            rows, kernel.values, group_sizes, w_scale=kernel.scale, implementation=implementation
+        )
+    kernel = kernel.astype(rows.dtype)
+    return grouped_matmul(rows, kernel, group_sizes, implementation=implementation)
+
+
+def _scaled(subscripts: str, x: Array, kernel: Int8) -> Array:
+    """The fp32 product with an int8 matrix."""
+    operands, out = subscripts.split("->")
+    axes = zip(operands.split(",")[1], kernel.scale.shape, strict=True)
+    # What is left of the matrix are the last axes of the product, in the same order.
+    scale = kernel.scale.reshape([size for axis, size in axes if axis in out])
+    # Tied to x: else a loop over tokens casts the whole matrix once before it, and keeps the copy.
+    x, values = jax.lax.optimization_barrier((x, kernel.values))
+    return einsum(subscripts, x, values.astype(x.dtype)) * scale
 
 
 def _rounded(subscripts: str, x: Array, kernel: Array) -> Array:

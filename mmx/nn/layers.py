@@ -25,12 +25,15 @@ class ParamSpec:
       axes: the logical axis of each dimension ('embed', 'heads', ...; None is never sharded).
       std: standard deviation at initialisation; 0 means ones (norm scales).
       fp32: kept in fp32 whatever the dtype of the model (router).
+      inputs: the axes that a product sums over, of a matrix that may be held in int8
+        (`quantized.Int8`); none where it may not.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     std: float
     fp32: bool = False
+    inputs: tuple[int, ...] = ()
 
     def abstract(self, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         """Shape and dtype in a model of this dtype."""
@@ -44,10 +47,11 @@ def declare(
     fan_in: int = 0,
     fan_out: int = 0,
     fp32: bool = False,
+    inputs: tuple[int, ...] = (),
 ) -> nnx.Param:
     """Declare a parameter: Xavier normal from its fans, ones when it has none."""
     std = (2.0 / (fan_in + fan_out)) ** 0.5 if fan_in + fan_out else 0.0
-    spec = ParamSpec(shape, axes, std, fp32)
+    spec = ParamSpec(shape, axes, std, fp32, inputs)
     return nnx.Param(spec.abstract(jnp.float32), spec=spec)
 
 
@@ -111,9 +115,11 @@ class GatedMLP(nnx.Module):
     """down(silu(gate x) * up x): the shared expert."""
 
     def __init__(self, dim: int, hidden: int):
-        self.gate_proj = declare((dim, hidden), ("embed", "mlp"), fan_in=dim, fan_out=hidden)
-        self.up_proj = declare((dim, hidden), ("embed", "mlp"), fan_in=dim, fan_out=hidden)
-        self.down_proj = declare((hidden, dim), ("mlp", "embed"), fan_in=hidden, fan_out=dim)
+        shape, axes = (dim, hidden), ("embed", "mlp")
+        self.gate_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(0,))
+        self.up_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(0,))
+        shape, axes = (hidden, dim), ("mlp", "embed")
+        self.down_proj = declare(shape, axes, fan_in=hidden, fan_out=dim, inputs=(0,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate = functional.project("...d,df->...f", x, self.gate_proj[...])

@@ -29,13 +29,22 @@ class LightningAttention(nnx.Module):
             ("embed", "heads", None, "head_dim"),
             fan_in=dim,
             fan_out=3 * inner,
+            inputs=(0,),
         )
         self.gate_proj = declare(
-            (dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim, fan_out=inner
+            (dim, heads, head_dim),
+            ("embed", "heads", "head_dim"),
+            fan_in=dim,
+            fan_out=inner,
+            inputs=(0,),
         )
         self.norm = RMSNorm(inner, "heads", epsilon=config.lightning_norm_epsilon)
         self.out_proj = declare(
-            (heads, head_dim, dim), ("heads", "head_dim", "embed"), fan_in=inner, fan_out=dim
+            (heads, head_dim, dim),
+            ("heads", "head_dim", "embed"),
+            fan_in=inner,
+            fan_out=dim,
+            inputs=(0, 1),
         )
 
     def __call__(
@@ -49,7 +58,7 @@ class LightningAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
         """Return the layer's output and its state after the last token, in fp32."""
         # The weights are reordered, not the activations, which are larger.
-        kernel = jnp.swapaxes(self.qkv_proj[...], 1, 2)
+        kernel = jax.tree.map(lambda w: jnp.swapaxes(w, 1, 2), self.qkv_proj[...])
         qkv = functional.silu(functional.project("btd,dchk->btchk", x, kernel))
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if state is not None:

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from mmx.config import ModelConfig
 from mmx.nn import functional
 from mmx.nn.layers import GatedMLP, declare
-from pallas_kernels import grouped_matmul
 from pallas_kernels.dispatch import accumulation_dtype
 
 
@@ -65,11 +64,11 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig):
         experts, dim, hidden = config.num_experts, config.embed_dim, config.expert_dim
         self.router = Router(config)
-        axes = ("experts", "embed", "expert_mlp")
-        self.gate_proj = declare((experts, dim, hidden), axes, fan_in=dim, fan_out=hidden)
-        self.up_proj = declare((experts, dim, hidden), axes, fan_in=dim, fan_out=hidden)
-        axes = ("experts", "expert_mlp", "embed")
-        self.down_proj = declare((experts, hidden, dim), axes, fan_in=hidden, fan_out=dim)
+        shape, axes = (experts, dim, hidden), ("experts", "embed", "expert_mlp")
+        self.gate_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(1,))
+        self.up_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(1,))
+        shape, axes = (experts, hidden, dim), ("experts", "expert_mlp", "embed")
+        self.down_proj = declare(shape, axes, fan_in=hidden, fan_out=dim, inputs=(1,))
         self.has_shared_expert = config.shared_expert_dim > 0
         if self.has_shared_expert:
             self.shared_expert = GatedMLP(dim, config.shared_expert_dim)
@@ -141,8 +140,9 @@ class MoE(nnx.Module):
         group_sizes = jnp.bincount(flat, length=num_experts + 1)[:num_experts]
 
         def product(rows, kernel):
-            kernel = kernel[...].astype(rows.dtype)
-            return grouped_matmul(rows, kernel, group_sizes, implementation=implementation)
+            return functional.project_groups(
+                rows, kernel[...], group_sizes, implementation=implementation
+            )
 
         rows = _dispatch(per_token, tokens, order, place)
         hidden = functional.swiglu(product(rows, self.gate_proj), product(rows, self.up_proj))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mmx.config import ModelConfig
 from mmx.model import Params, abstract_params, init_params
+from mmx.nn.quantized import is_quantized
 from mmx.training.optimizer import OptimizerOptions, make_optimizer
 
 WINDOW = 128
@@ -90,7 +91,7 @@ def init_state(
         state: keep a copy if they are needed.
 
     Raises:
-      ValueError: an unknown initialisation, or a seed out of range.
+      ValueError: an unknown initialisation, a seed out of range, or parameters in int8.
     """
     if initialisation not in get_args(Initialisation):
         raise ValueError(f"initialisation is {initialisation!r}; it must be 'xavier' or 'deepnorm'")
@@ -99,6 +100,8 @@ def init_state(
     key = jax.random.key(seed)
     params_key, run_key = jax.random.split(key)
     if params is not None:
+        if is_quantized(params):
+            raise ValueError("params are in int8, for inference alone; load them without weights=")
         master = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     else:
         master = init_params(config, params_key)

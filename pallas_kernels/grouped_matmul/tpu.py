@@ -54,8 +54,9 @@ def unsupported(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> str | Non
     target = platform.target()
     if target != "tpu":
         return f"platform {target!r} (it needs a TPU)"
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"dtype {x.dtype} (it takes bfloat16 and float32)"
+    for array in (x, w):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"dtype {array.dtype} (it takes bfloat16 and float32)"
     if 0 in (*x.shape, *w.shape):
         return f"the empty arrays x {x.shape}, w {w.shape}"
     return None

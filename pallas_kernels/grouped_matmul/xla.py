@@ -52,7 +52,11 @@ def _take(x: Float[Array, "M N"], blocks: _Blocks, i: Int[Array, ""]):
 
 
 def _multiply(
-    x: Float[Array, "M K"], w: Float[Array, "G K N"], group_sizes: Int[Array, "G"], contract: str
+    x: Float[Array, "M K"],
+    w: Float[Array, "G K N"] | Int[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    contract: str,
+    w_scale: Float[Array, "G 1 N"] | None = None,
 ) -> Float[Array, "M N"]:
     """x[m] @ w[g] with contract='mk,kn->mn', x[m] @ w[g]^T with 'mn,kn->mk'."""
     blocks = _cut_into_blocks(group_sizes, x.shape[0])
@@ -60,9 +64,12 @@ def _multiply(
 
     def step(i, out):
         rows, first = _take(x, blocks, i)
-        product = einsum(
-            contract, rows, jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
-        ).astype(x.dtype)
+        matrix = jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
+        # Cast here: of an int8 w there is never more than one matrix in the dtype of x.
+        product = einsum(contract, rows, matrix.astype(x.dtype))
+        if w_scale is not None:
+            product *= jax.lax.dynamic_index_in_dim(w_scale, blocks.group[i], keepdims=False)
+        product = product.astype(x.dtype)
         # Rows of other groups are zero in `product`, so adding writes only this block's rows.
         before = jax.lax.dynamic_slice_in_dim(out, first, blocks.size)
         return jax.lax.dynamic_update_slice_in_dim(out, before + product, first, 0)
@@ -90,20 +97,25 @@ def _multiply_transposed(
 
 @jax.custom_vjp
 def grouped_matmul(
-    x: Float[Array, "M K"], w: Float[Array, "G K N"], group_sizes: Int[Array, "G"]
+    x: Float[Array, "M K"],
+    w: Float[Array, "G K N"] | Int[Array, "G K N"],
+    group_sizes: Int[Array, "G"],
+    w_scale: Float[Array, "G 1 N"] | None = None,
 ) -> Float[Array, "M N"]:
     """Blocked form of `pallas_kernels.grouped_matmul`."""
-    return _multiply(x, w, group_sizes, "mk,kn->mn")
+    return _multiply(x, w, group_sizes, "mk,kn->mn", w_scale)
 
 
-def _forward(x, w, group_sizes):
+def _forward(x, w, group_sizes, w_scale):
+    if w_scale is not None:
+        raise NotImplementedError("grouped_matmul: an int8 w passes no gradient; train in bf16")
     return grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
 
 
 def _backward(residuals, grad):
     x, w, group_sizes = residuals
     grad_x = _multiply(grad, w, group_sizes, "mn,kn->mk")
-    return grad_x, _multiply_transposed(x, grad, group_sizes).astype(w.dtype), None
+    return grad_x, _multiply_transposed(x, grad, group_sizes).astype(w.dtype), None, None
 
 
 grouped_matmul.defvjp(_forward, _backward)
