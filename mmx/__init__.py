@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mmx.convert.load import load as load
     from mmx.inference.cache import Cache as Cache
     from mmx.inference.cache import init_cache as init_cache
-    from mmx.inference.programs import generate as generate
+    from mmx.inference.engine import Engine as Engine
+    from mmx.inference.generation import generate as generate
+    from mmx.inference.requests import Sampling as Sampling
     from mmx.model import ForwardOutput as ForwardOutput
     from mmx.model import abstract_params as abstract_params
     from mmx.model import count_params as count_params
@@ -28,7 +30,9 @@ _HOME = {
     "load": "mmx.convert.load",
     "Cache": "mmx.inference.cache",
     "init_cache": "mmx.inference.cache",
-    "generate": "mmx.inference.programs",
+    "Engine": "mmx.inference.engine",
+    "generate": "mmx.inference.generation",
+    "Sampling": "mmx.inference.requests",
     "ForwardOutput": "mmx.model",
     "abstract_params": "mmx.model",
     "count_params": "mmx.model",

@@ -114,7 +114,7 @@ def check_cached(name: str) -> None:
 
 
 def check_generated(name: str) -> None:
-    """Prefill and decode: the recorded tokens, one for one."""
+    """What an engine generates: the recorded tokens, one for one."""
     case = golden(name)
     seen = mmx.generate(
         case.params, case.tokens, case.config, mask=case.mask, max_new_tokens=NEW_TOKENS

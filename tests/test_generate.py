@@ -8,7 +8,9 @@ import truth
 from random_models import random_params, random_tokens, small_config
 
 import mmx
-from mmx.inference.sampling import sample
+from mmx.inference import decoding, generation
+from mmx.training.optimizer import OptimizerOptions
+from mmx.training.placement import default_placement
 
 CONFIG = small_config("ls", vocab_size=23)
 PARAMS = random_params(CONFIG, 5)
@@ -54,56 +56,10 @@ def test_a_row_ends_with_the_first_stop_id_and_others_go_on():
 
 
 def test_all_rows_stopped_at_once():
-    first = _generate()[:1, 0]
-    one = PROMPTS[:1]
-    seen = _generate(one, stop_ids=tuple(first.tolist()))
-    np.testing.assert_array_equal(seen[0], [first[0], *[-1] * (NEW - 1)])
-
-
-def test_a_tie_goes_to_the_first():
-    logits = jnp.asarray([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    options = dict(top_p=1.0, top_k=0)
-    greedy = sample(logits, jax.random.key(0), temperature=0.0, **options)
-    np.testing.assert_array_equal(greedy, [1, 0])
-    for narrow in (dict(top_p=1.0, top_k=1), dict(top_p=1e-6, top_k=0)):
-        drawn = sample(logits, jax.random.key(0), temperature=1.0, **narrow)
-        np.testing.assert_array_equal(drawn, [1, 0])
-
-
-LOGITS = np.array([1.3, -0.2, 2.0, 0.4, -1.5, 1.9], np.float32)
-
-
-def _expected(temperature, top_p, top_k) -> np.ndarray:
-    """The distribution to draw from, by the definition in `sample`."""
-    probabilities = truth.softmax(LOGITS.astype(np.float64) / temperature)
-    order = np.argsort(-probabilities)
-    kept = order[:top_k] if top_k else order
-    shares = probabilities[kept] / probabilities[kept].sum()
-    enough = int(np.searchsorted(np.cumsum(shares), top_p - 1e-9)) + 1
-    result = np.zeros(len(LOGITS))
-    result[kept[:enough]] = shares[:enough] / shares[:enough].sum()
-    return result
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 1.0, 3), (1.0, 0.6, 0), (1.0, 0.75, 4), (1.0, 0.9, 99)],
-)
-def test_draws_follow_the_distribution(temperature, top_p, top_k):
-    draws = 20_000
-    seen = sample(
-        jnp.broadcast_to(LOGITS, (draws, len(LOGITS))),
-        jax.random.key(1),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-    )
-    wanted = _expected(temperature, top_p, top_k)
-    counts = np.bincount(np.asarray(seen), minlength=len(LOGITS))
-    assert not counts[wanted == 0].any()
-    # Five standard deviations of a binomial count.
-    bar = 5 * np.sqrt(draws * wanted * (1 - wanted))
-    assert (np.abs(counts - draws * wanted) <= bar).all(), (counts / draws, wanted)
+    first = _generate()[:, 0]
+    seen = _generate(stop_ids=tuple(first.tolist()))
+    np.testing.assert_array_equal(seen[:, 0], first)
+    np.testing.assert_array_equal(seen[:, 1:], -1)
 
 
 def test_seeds_repeat_and_differ():
@@ -112,6 +68,44 @@ def test_seeds_repeat_and_differ():
     np.testing.assert_array_equal(_generate(seed=0, **options), first)
     assert (_generate(seed=1, **options) != first).any()
     assert len({tuple(step) for step in first.T.tolist()}) > 1  # each step draws anew
+
+
+def test_row_i_draws_with_the_seed_plus_i():
+    same = np.repeat(PROMPTS[:1], 3, axis=0)
+    last = 2**63 - 1  # the seed after the largest is the smallest
+    for seed in (7, last):
+        rows = _generate(same, seed=seed, temperature=1.5)
+        assert len({tuple(row) for row in rows.tolist()}) == 3
+        for row in range(3):
+            one = (seed + row + 2**63) % 2**64 - 2**63
+            alone = _generate(same, seed=one, temperature=1.5)
+            np.testing.assert_array_equal(alone[0], rows[row])
+
+
+def test_more_prompts_than_decode_together(monkeypatch):
+    many = random_tokens(CONFIG, (7, 5), 6)
+    wanted = [_generate(many[rows]) for rows in ([0, 1, 2], [3, 4, 5], [6, 6, 6])]
+    monkeypatch.setattr(generation, "_ROWS", 3)
+    np.testing.assert_array_equal(_generate(many), np.concatenate(wanted)[:7])
+
+
+def test_parameters_over_eight_devices():
+    """As the training loop has them: no array is whole on any device."""
+    placement = default_placement(8)
+    shardings = placement.shardings(CONFIG, OptimizerOptions())
+    assert shardings is not None
+    spread = jax.device_put(PARAMS, shardings.params)
+    assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
+    seen = mmx.generate(spread, PROMPTS, CONFIG, max_new_tokens=NEW)
+    np.testing.assert_array_equal(seen, _generate())
+
+
+def test_no_program_is_compiled_for_other_tokens_options_and_lengths_of_a_page():
+    _generate()
+    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
+    _generate(random_tokens(CONFIG, (3, 9), 1), temperature=0.7, top_k=3, stop_ids=(1,), seed=4)
+    mmx.generate(PARAMS, PROMPTS, CONFIG, max_new_tokens=NEW + 30)
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
 
 
 def test_narrow_sampling_is_greedy():
@@ -129,13 +123,14 @@ def test_one_new_token_and_a_full_sequence():
 
 
 BAD = [
-    (dict(max_new_tokens=0), "max_new_tokens is 0; it must be at least 1"),
-    (dict(temperature=-0.1), "temperature is -0.1; it must be 0 or more"),
+    (dict(max_new_tokens=0), "max_new_tokens is 0; it must be an integer from 1 to 256"),
+    (dict(temperature=-0.1), "temperature is -0.1; it must be a number from 0 to 100"),
     (dict(temperature=float("nan")), "temperature is nan"),
-    (dict(top_p=0.0), r"top_p is 0.0; it must be in \(0, 1\]"),
+    (dict(top_p=0.0), "top_p is 0.0; it must be more than 0 and at most 1"),
     (dict(top_p=1.1), "top_p is 1.1"),
-    (dict(top_k=-1), "top_k is -1; it must be 0"),
-    (dict(stop_ids=(3, 23)), "stop_ids is 23; it must be below 23"),
+    (dict(top_k=-1), "top_k is -1; it must be an integer of 0 or more"),
+    (dict(stop_ids=(3, 23)), "stop_ids is 23; it must be an integer from 0 to 22"),
+    (dict(stop_ids=range(17)), "stop_ids has 17 entries; it must have at most 16"),
     (dict(mask=np.array([[1] * 5, [0] * 5, [1] * 5])), "row 1 of mask has no token"),
     (dict(mask=np.ones((3, 4), int)), r"mask has shape \(3, 4\); tokens have \(3, 5\)"),
     (dict(tokens=PROMPTS + 23), r"ids must be in \[0, vocab_size=23\)"),

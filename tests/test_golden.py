@@ -43,7 +43,7 @@ def test_forward_into_a_cache(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generation_with_a_cache(name):
+def test_generation(name):
     check_generated(name)
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     import numpy as np
 
     import mmx
-    from mmx.inference.programs import FINISHED
+    from mmx.inference.generation import FINISHED
 
     dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
     config, params = mmx.load(options.path, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Running a model: cache, compiled programs, sampling."""
+"""Running a model: cache, engine, sampling, text and conversations."""

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from mmx.config import ModelConfig
 from mmx.data.batches import Batches
 from mmx.data.shards import write_atomic
-from mmx.inference.programs import generate
+from mmx.inference.generation import generate
 from mmx.model import Params
 from mmx.training.losses import loss_parts
 from mmx.training.placement import Placement
