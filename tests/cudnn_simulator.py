@@ -2,9 +2,17 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import platform
 from pallas_kernels.softmax_attention import gpu_cudnn, reference, xla
 
 cudnn = gpu_cudnn.cudnn
+
+
+def install(monkeypatch) -> None:
+    """Until the end of the test: a Hopper GPU whose cuDNN is this one."""
+    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
+    for name, simulator in (("fwd", Forward()), ("bwd", Backward())):
+        monkeypatch.setattr(cudnn, f"_dot_product_attention_{name}_p_wrapper", simulator)
 
 
 class Forward:
@@ -47,7 +55,7 @@ def _causal(mask_type) -> bool:
     return mask_type in (cudnn.MaskType.CAUSAL, cudnn.MaskType.PADDING_CAUSAL)
 
 
-def _ids(q, k, v, bias, q_length, kv_length, q_begins, *unused, mask_type):
+def _ids(q, k, v, bias, q_length, kv_length, q_begins, kv_begins, *unused, mask_type):
     """1, 2, ... for the samples of each row, 0 where there is none."""
     rows = (jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))
     if not cudnn.has_padding(mask_type):
@@ -58,17 +66,23 @@ def _ids(q, k, v, bias, q_length, kv_length, q_begins, *unused, mask_type):
             (row < length[:, None]).astype(jnp.int32)
             for row, length in zip(rows, lengths, strict=True)
         )
-    begins, samples = q_begins[:, :-1, None], jnp.arange(1, q_length.shape[1] + 1)[:, None]
-    inside = (rows[0] >= begins) & (rows[0] < begins + q_length[..., None]) & (begins >= 0)
-    ids = jnp.sum(jnp.where(inside, samples, 0), axis=1)
-    return ids, ids
+    assert q_begins.shape[1] > 2, "with one sample a row jax ignores where it begins"
+    samples = jnp.arange(1, q_length.shape[1] + 1)[:, None]
+    sides = zip(rows, (q_begins, kv_begins), (q_length, kv_length), strict=True)
+    ids = []
+    for row, begins, length in sides:
+        begins = begins[:, :-1, None]
+        inside = (row >= begins) & (row < begins + length[..., None]) & (begins >= 0)
+        ids.append(jnp.sum(jnp.where(inside, samples, 0), axis=1))
+    return tuple(ids)
 
 
-def _places(q, k, v, bias, q_length, kv_length, q_begins, *unused):
+def _places(q, k, v, bias, q_length, kv_length, q_begins, kv_begins, *unused):
     """Where the statistics of each token lie, [sample of the batch, head, token of the sample]."""
     batch, limit = q_length.shape
     shape = (batch * limit, q.shape[2], q.shape[1])
-    ids, _ = _ids(q, k, v, bias, q_length, kv_length, q_begins, mask_type=cudnn.MaskType.PADDING)
+    operands = (q, k, v, bias, q_length, kv_length, q_begins, kv_begins)
+    ids, _ = _ids(*operands, mask_type=cudnn.MaskType.PADDING)
     numbers = jnp.sum(q_length >= 0, axis=1)
     before = jnp.cumsum(numbers) - numbers
     sample = jnp.where(ids == 0, shape[0], before[:, None] + ids - 1)

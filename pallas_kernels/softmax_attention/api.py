@@ -116,6 +116,8 @@ def attention_block_backward(
     dispatch.require_shape(name, "grad_out", grad_out, out.shape)
     dispatch.require_shape(name, "lse", lse, (batch, length, heads))
     dispatch.require_one_dtype(name, q=q, k=k, v=v, out=out, grad_out=grad_out)
+    if kv_segment_ids is None and k.shape[1] == length:
+        kv_segment_ids = segment_ids
     arrays = (q, k, v, out, lse, grad_out, segment_ids, kv_segment_ids, q_offset)
     static = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
     chosen = dispatch.select(name, BLOCK_IMPLEMENTATIONS, implementation, *arrays, **static)

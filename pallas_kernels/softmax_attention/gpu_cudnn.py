@@ -4,10 +4,14 @@ The primitives are bound directly, and not through `jax.nn.dot_product_attention
 it does not offer: the log-sum-exp in fp32, the backward pass with a log-sum-exp and an output that
 were merged over several blocks of keys (ring attention), and packed samples whose borders are
 traced. Those go to cuDNN some at a time, since what it keeps on the side grows with their number;
-ids in an order that is not that of packing take the XLA form, chosen on the device.
+ids in an order that is not that of packing take the XLA form, chosen on the device. Queries and
+keys with ids of their own, without the causal mask, are taken for two pieces of a packed row, the
+keys before the queries: all they can have in common is one sample, that which the piece of keys
+ends with and that of queries begins with.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import platform
 from pallas_kernels.dispatch import concrete
 from pallas_kernels.softmax_attention import xla
-from pallas_kernels.softmax_attention.reference import residuals
+from pallas_kernels.softmax_attention.reference import filled, residuals
 
 MAX_HEAD_DIM = 128  # more on some chips and versions; nobody here needs it
 MIN_CAPABILITY = (8, 0)
@@ -28,6 +32,7 @@ MIN_CAPABILITY_PACKED = (9, 0)
 # Stands for the log-sum-exp of a query that saw nothing: exp(score - this) is 0, and no NaN.
 NOTHING_SEEN = 1e30
 MAX_SAMPLES = 64  # of a row in one call; each costs launches of tiles that find nothing to do
+MIN_SAMPLES = 2  # jax's bindings take one sample a row for a whole row and ignore where it begins
 STATISTICS_BYTES = 1 << 30  # of one forward call for packed rows
 WORKSPACE_BYTES = 4 << 30  # of one backward call for packed rows
 
@@ -59,7 +64,7 @@ def unsupported(
 ) -> str | None:
     """Why `softmax_attention` cannot take these arguments here, or None."""
     capability = platform.gpu_compute_capability()
-    packed = segment_ids is not None and _lengths(segment_ids) is None
+    packed = _packed(segment_ids, kv_segment_ids)
     needed = MIN_CAPABILITY_PACKED if packed else MIN_CAPABILITY
     if capability is None or capability < needed:
         seen = platform.backend() if capability is None else f"compute capability {capability}"
@@ -85,12 +90,15 @@ def unsupported_arguments(
         offset = q_offset if isinstance(q_offset, int) else concrete(q_offset)
         if offset is None or offset != 0:
             return "a q_offset that is traced or not 0: the causal mask begins at the first key"
-    known = [ids is None or _lengths(ids) is not None for ids in (segment_ids, kv_segment_ids)]
-    if all(known):
-        return None
-    if segment_ids is not kv_segment_ids:
-        return "traced or packed segment_ids that are not those of the keys as well"
+    if causal and _packed(segment_ids, kv_segment_ids) and segment_ids is not kv_segment_ids:
+        return "traced or packed segment_ids, with causal, that are not those of the keys as well"
     return None
+
+
+def _packed(segment_ids, kv_segment_ids) -> bool:
+    """Whether rows may hold more than one sample, and not from their first token on."""
+    both = (segment_ids, kv_segment_ids)
+    return any(ids is not None and _lengths(ids) is None for ids in both)
 
 
 def _lengths(ids) -> np.ndarray | None:
@@ -120,18 +128,30 @@ def softmax_attention(
     backward pass.
     """
     del q_offset  # 0, says `unsupported`
+    if _packed(segment_ids, kv_segment_ids):
+        ids = _packed_ids(q, k, segment_ids, kv_segment_ids)
+        return _attend_packed(_Mask(causal, True, scale), q, k, v, *ids)
+    lengths = _row_lengths(q, k, segment_ids, kv_segment_ids)
+    return _attend(_Mask(causal, lengths[0] is not None, scale), q, k, v, *lengths)
+
+
+def _row_lengths(q, k, segment_ids, kv_segment_ids):
+    """Tokens of each row of queries and of keys; None, None if the rows are full."""
     lengths = [None if ids is None else _lengths(ids) for ids in (segment_ids, kv_segment_ids)]
-    if segment_ids is not None and lengths[0] is None:
-        return _attend_packed(_Mask(causal, True, scale), q, k, v, segment_ids)
     sizes = (q.shape[1], k.shape[1])
     if all(a is None or np.all(a == size) for a, size in zip(lengths, sizes, strict=True)):
-        return _attend(_Mask(causal, False, scale), q, k, v, None, None)
-    rows = q.shape[0]
-    q_length, kv_length = (
-        jnp.asarray(np.full(rows, size, np.int32) if a is None else a)
+        return None, None
+    return tuple(
+        jnp.asarray(np.full(q.shape[0], size, np.int32) if a is None else a)
         for a, size in zip(lengths, sizes, strict=True)
     )
-    return _attend(_Mask(causal, True, scale), q, k, v, q_length, kv_length)
+
+
+def _packed_ids(q, k, segment_ids, kv_segment_ids):
+    """Ids of queries and of keys; None for the keys' if they are those of the queries."""
+    if segment_ids is kv_segment_ids:
+        return segment_ids, None
+    return filled(q, k, segment_ids, kv_segment_ids, 0)[:2]
 
 
 # ---------------------------------------------------------------- one sample a row
@@ -235,8 +255,13 @@ def attention_block_backward(
     scale: float,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S G K"], Float[Array, "B S G V"]]:
     """`pallas_kernels.attention_block_backward` by cuDNN."""
-    del segment_ids, kv_segment_ids, q_offset  # None, None and 0, says `block_unsupported`
-    return tuple(_backward(_Mask(causal, False, scale), q, k, v, out, lse, grad_out, None, None))
+    del q_offset  # 0, says `block_unsupported`
+    if _packed(segment_ids, kv_segment_ids):
+        ids = _packed_ids(q, k, segment_ids, kv_segment_ids)
+        return _backward_packed(_Mask(causal, True, scale), q, k, v, *ids, out, lse, grad_out)
+    lengths = _row_lengths(q, k, segment_ids, kv_segment_ids)
+    mask = _Mask(causal, lengths[0] is not None, scale)
+    return tuple(_backward(mask, q, k, v, out, lse, grad_out, *lengths))
 
 
 def block_unsupported(
@@ -244,9 +269,7 @@ def block_unsupported(
 ) -> str | None:
     """Why `attention_block_backward` cannot take these arguments here, or None."""
     del out, lse, grad_out
-    if segment_ids is not None or kv_segment_ids is not None:
-        return "segment ids: they must be None"
-    return unsupported(q, k, v, None, None, q_offset, **static)
+    return unsupported(q, k, v, segment_ids, kv_segment_ids, q_offset, **static)
 
 
 # ---------------------------------------------------------------- packed rows
@@ -268,19 +291,31 @@ class _Samples(NamedTuple):
     in_order: Bool[Array, ""]
 
 
-class _Group(NamedTuple):
-    """Some consecutive samples of every row, in the form that cuDNN takes.
+class _Side(NamedTuple):
+    """Some consecutive samples of every row, of queries or of keys, in the form that cuDNN takes.
 
     Attributes:
       lengths, begins: tokens and first token of each sample, -1 where a row has no more of them.
       mine: the tokens of these samples.
-      statistic: the sample, counted over the rows of this group, of each token.
     """
 
     lengths: Int[Array, "B M"]
     begins: Int[Array, "B M+1"]
     mine: Bool[Array, "B T"]
+
+
+class _Group(NamedTuple):
+    """Samples of one call.
+
+    Attributes:
+      statistic: the sample, counted over the rows of this group, of each query.
+      position: place of each query in its sample.
+    """
+
+    queries: _Side
+    keys: _Side
     statistic: Int[Array, "B T"]
+    position: Int[Array, "B T"]
 
 
 def _samples(ids: Int[Array, "B T"]) -> _Samples:
@@ -298,7 +333,7 @@ def _samples(ids: Int[Array, "B T"]) -> _Samples:
 
 
 def _group(samples: _Samples, start: Int[Array, ""], limit: int) -> _Group:
-    """The samples start + 1 .. start + limit of each row."""
+    """The samples start + 1 .. start + limit of each row, of queries that are the keys as well."""
     index = jnp.arange(samples.number.shape[1], dtype=jnp.int32)
     which = start + jnp.arange(1, limit + 1, dtype=jnp.int32)
     # Compared, not scattered: on a GPU that is one fused reduction.
@@ -309,27 +344,64 @@ def _group(samples: _Samples, start: Int[Array, ""], limit: int) -> _Group:
     local = samples.number - 1 - start
     mine = (local >= 0) & (local < limit)
     statistic = (jnp.cumsum(here) - here)[:, None] + local
-    return _Group(
-        lengths=jnp.where(lengths > 0, lengths, -1),
-        begins=jnp.pad(jnp.max(first, axis=2), ((0, 0), (0, 1)), constant_values=-1),
-        mine=mine,
-        statistic=jnp.where(mine, statistic, 0),
-    )
+    side = _side(lengths, jnp.max(first, axis=2), mine)
+    return _Group(side, side, jnp.where(mine, statistic, 0), samples.position)
 
 
-def _groups(samples: _Samples, limit: int) -> Int[Array, ""]:
-    return -(-jnp.max(samples.numbers) // limit)
+def _side(lengths, begins, mine) -> _Side:
+    begins = jnp.pad(begins, ((0, 0), (0, 1)), constant_values=-1)
+    return _Side(jnp.where(lengths > 0, lengths, -1), begins, mine)
+
+
+class _Groups(NamedTuple):
+    """How packed rows go to cuDNN: whether they can, in how many calls, and the i-th call."""
+
+    in_order: Bool[Array, ""]
+    number: Int[Array, ""]
+    group: Callable[[Int[Array, ""]], _Group]
+
+
+def _groups(ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"] | None, limit: int) -> _Groups:
+    if kv_ids is not None:
+        return _common(ids, kv_ids)
+    samples = _samples(ids)
+    number = -(-jnp.max(samples.numbers) // limit)
+    return _Groups(samples.in_order, number, lambda i: _group(samples, i * limit, limit))
+
+
+def _common(ids: Int[Array, "B T"], kv_ids: Int[Array, "B S"]) -> _Groups:
+    """The sample at the end of the keys and the beginning of the queries, if that is the same."""
+    last = jnp.max(kv_ids, axis=1, keepdims=True)
+    queries, keys = (ids == last) & (last != 0), (kv_ids == last) & (last != 0)
+    common = jnp.any(queries, axis=1, keepdims=True)
+    keys &= common
+
+    def side(mine):
+        length, begin = jnp.sum(mine, axis=1), jnp.where(common[:, 0], jnp.argmax(mine, axis=1), -1)
+        absent = ((0, 0), (0, MIN_SAMPLES - 1))
+        lengths = jnp.pad(length.astype(jnp.int32)[:, None], absent)
+        begins = jnp.pad(begin.astype(jnp.int32)[:, None], absent, constant_values=-1)
+        return _side(lengths, begins, mine)
+
+    sides = side(queries), side(keys)
+    before = jnp.cumsum(common, axis=0, dtype=jnp.int32) - common
+    index = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    position = jnp.where(queries, index - sides[0].begins[:, :1], 0)
+    group = _Group(*sides, jnp.where(queries, before, 0), position)
+    in_order = _samples(ids).in_order & _samples(kv_ids).in_order
+    in_order &= jnp.all((ids == 0) | (ids >= last))
+    return _Groups(in_order, jnp.any(common).astype(jnp.int32), lambda _: group)
 
 
 def _plan(
-    shape: tuple[int, ...], kv_heads: int, bytes_per_element: float, budget: int
+    shape: tuple[int, ...], kv_heads: int, bytes_per_element: float, budget: int, most: int
 ) -> tuple[int, int]:
     """How to cut a packed batch of this [B, T, H, K]: pieces of heads, samples of a row at a time.
 
     What cuDNN keeps on the side it keeps for every sample as if that filled the row. Its 32-bit
-    offsets must reach every element of a piece.
+    offsets must reach every element of a piece. `most` is the number of samples worth having.
     """
-    elements, wanted = math.prod(shape), min(max(shape[1] // 1024, 8), MAX_SAMPLES)
+    elements, wanted = math.prod(shape), min(max(shape[1] // 1024, 8), most)
 
     def samples(pieces: int) -> int:
         return int(budget / (bytes_per_element * elements / pieces))
@@ -340,17 +412,21 @@ def _plan(
         if kv_heads % n == 0
         and (n == kv_heads or (elements // n < 1 << 31 and samples(n) >= wanted))
     )
-    return pieces, min(max(samples(pieces), 1), MAX_SAMPLES)
+    return pieces, min(max(samples(pieces), MIN_SAMPLES), most)
 
 
-def _forward_plan(q, k):
+def _forward_plan(q, k, most=MAX_SAMPLES):
     # An fp32 statistic a row of queries.
-    return _plan(q.shape, k.shape[2], 4 / q.shape[3], STATISTICS_BYTES)
+    return _plan(q.shape, k.shape[2], 4 / q.shape[3], STATISTICS_BYTES, most)
 
 
-def _backward_plan(q, k):
+def _backward_plan(q, k, most=MAX_SAMPLES):
     # fp32 accumulators of three gradients, of which those of k and v have as many heads as q.
-    return _plan(q.shape, k.shape[2], 12, WORKSPACE_BYTES)
+    return _plan(q.shape, k.shape[2], 12, WORKSPACE_BYTES, most)
+
+
+def _most(kv_ids) -> int:
+    return MAX_SAMPLES if kv_ids is None else MIN_SAMPLES
 
 
 def _by_heads(pieces: int, *arrays):
@@ -361,83 +437,92 @@ def _join(parts):
     return tuple(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
 
 
-def _attend_packed_primal(mask: _Mask, q, k, v, ids) -> tuple[jax.Array, jax.Array]:
-    samples = _samples(ids)
-    pieces, limit = _forward_plan(q, k)
+def _attend_packed_primal(mask: _Mask, q, k, v, ids, kv_ids) -> tuple[jax.Array, jax.Array]:
+    pieces, limit = _forward_plan(q, k, _most(kv_ids))
+    groups = _groups(ids, kv_ids, limit)
 
     def fused_heads(q, k, v):
         def step(i, carry):
-            group = _group(samples, i * limit, limit)
+            group = groups.group(i)
             out, statistics = cudnn._dot_product_attention_fwd_p_wrapper.bind(
                 *_packed_operands(q, k, v, group), **_parameters(mask), is_training=True
             )
-            lse = statistics[group.statistic, :, samples.position]
-            mine = group.mine[..., None]
+            lse = statistics[group.statistic, :, group.position]
+            mine = group.queries.mine[..., None]
             return jnp.where(mine[..., None], out, carry[0]), jnp.where(mine, lse, carry[1])
 
         nothing = jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
-        return jax.lax.fori_loop(0, _groups(samples, limit), step, nothing)
+        return jax.lax.fori_loop(0, groups.number, step, nothing)
 
     def fused(q, k, v):
         return _join([fused_heads(*piece) for piece in _by_heads(pieces, q, k, v)])
 
     def plain(q, k, v):
-        return xla.softmax_attention(q, k, v, ids, ids, 0, causal=mask.causal, scale=mask.scale)
+        return xla.softmax_attention(
+            q, k, v, ids, ids if kv_ids is None else kv_ids, 0, causal=mask.causal, scale=mask.scale
+        )
 
-    return jax.lax.cond(samples.in_order, fused, plain, q, k, v)
+    return jax.lax.cond(groups.in_order, fused, plain, q, k, v)
 
 
 _attend_packed = jax.custom_vjp(_attend_packed_primal, nondiff_argnums=(0,))
 
 
 def _packed_operands(q, k, v, group: _Group):
-    return _operands(q, k, v, group.lengths, group.lengths, group.begins, group.begins)
+    queries, keys = group.queries, group.keys
+    return _operands(q, k, v, queries.lengths, keys.lengths, queries.begins, keys.begins)
 
 
-def _attend_packed_forward(mask, q, k, v, ids):
-    arrays = [x.value for x in (q, k, v, ids)]
+def _attend_packed_forward(mask, *arrays):
+    arrays = [x if x is None else x.value for x in arrays]
     out, lse = residuals(*_attend_packed(mask, *arrays))
     return (out, lse), (*arrays, out, lse)
 
 
 def _attend_packed_backward(mask, saved, grads):
-    q, k, v, ids, out, lse = saved
+    q, k, v, ids, kv_ids, out, lse = saved
     grad_out, grad_lse = (None if isinstance(g, SymbolicZero) else g for g in grads)
     grad_out = jnp.zeros_like(out) if grad_out is None else grad_out
-    samples = _samples(ids)
-    pieces, limit = _backward_plan(q, k)
+    gradients = _backward_packed(mask, q, k, v, ids, kv_ids, out, lse, grad_out, grad_lse)
+    return *gradients, None, None
+
+
+_attend_packed.defvjp(_attend_packed_forward, _attend_packed_backward, symbolic_zeros=True)
+
+
+def _backward_packed(mask: _Mask, q, k, v, ids, kv_ids, out, lse, grad_out, grad_lse=None):
+    def plain(q, k, v, out, lse, grad_out):
+        return xla.attention_block_backward(
+            q, k, v, out, lse, grad_out, ids, ids if kv_ids is None else kv_ids, 0,
+            grad_lse=grad_lse, causal=mask.causal, scale=mask.scale,
+        )  # fmt: skip
+
+    arrays = (q, k, v, out, lse, grad_out)
+    if grad_lse is not None:
+        return plain(*arrays)
+    pieces, limit = _backward_plan(q, k, _most(kv_ids))
+    groups = _groups(ids, kv_ids, limit)
 
     def fused_heads(q, k, v, out, lse, grad_out):
         shape = (q.shape[0] * limit, q.shape[2], q.shape[1])
 
         def step(i, carry):
-            group = _group(samples, i * limit, limit)
+            group = groups.group(i)
+            queries, keys = (side.mine[..., None, None] for side in (group.queries, group.keys))
             # The tokens of other samples write to a place that does not exist.
-            sample = jnp.where(group.mine, group.statistic, shape[0])
+            sample = jnp.where(group.queries.mine, group.statistic, shape[0])
             statistics = jnp.full(shape, NOTHING_SEEN, jnp.float32)
-            statistics = statistics.at[sample, :, samples.position].set(lse, mode="drop")
+            statistics = statistics.at[sample, :, group.position].set(lse, mode="drop")
             gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
                 *_packed_operands(q, k, v, group), statistics, out, grad_out, **_parameters(mask)
             )
-            mine = group.mine[..., None, None]
-            return tuple(jnp.where(mine, x, y) for x, y in zip(gradients, carry, strict=True))
+            parts = zip((queries, keys, keys), gradients, carry, strict=True)
+            return tuple(jnp.where(mine, x, y) for mine, x, y in parts)
 
         nothing = tuple(jnp.zeros_like(x) for x in (q, k, v))
-        return jax.lax.fori_loop(0, _groups(samples, limit), step, nothing)
+        return jax.lax.fori_loop(0, groups.number, step, nothing)
 
     def fused(*arrays):
         return _join([fused_heads(*piece) for piece in _by_heads(pieces, *arrays)])
 
-    def plain(q, k, v, out, lse, grad_out):
-        return xla.attention_block_backward(
-            q, k, v, out, lse, grad_out, ids, ids, 0, grad_lse=grad_lse,
-            causal=mask.causal, scale=mask.scale,
-        )  # fmt: skip
-
-    arrays = (q, k, v, out, lse, grad_out)
-    if grad_lse is not None:
-        return *plain(*arrays), None
-    return *jax.lax.cond(samples.in_order, fused, plain, *arrays), None
-
-
-_attend_packed.defvjp(_attend_packed_forward, _attend_packed_backward, symbolic_zeros=True)
+    return jax.lax.cond(groups.in_order, fused, plain, *arrays)
