@@ -272,6 +272,21 @@ def _guarded[Result](call: Callable[[], Result], what: str) -> Result:
         raise ValueError(f"{what} ({reason})") from None
 
 
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """Bytes of text that one token can stand for; None where there is no bound to be seen.
+
+    That is where a tokenizer drops or joins text before or after it looks tokens up.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    if (
+        not _is_bytewise(tokenizer)
+        or tokenizer.normalizer is not None
+        or any(entry.lstrip or entry.rstrip for entry in added)
+    ):
+        return None
+    return max(len(name.encode()) for name in tokenizer.get_vocab(with_added_tokens=True))
+
+
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of tokens that are no text."""
     added = tokenizer.get_added_tokens_decoder()

@@ -1,0 +1,218 @@
+"""`mmx serve`: answer requests over HTTP, as OpenAI's clients send them."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from mmx.inference.engine import Engine
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_KEY = 4096  # characters of an API key
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Answer requests over HTTP, as OpenAI's clients send them, until SIGTERM or Ctrl-C."""
+
+    path: tyro.conf.Positional[Path]
+    """The checkpoint folder, with its tokenizer.json."""
+    host: str = "127.0.0.1"
+    """Address to listen on; this machine alone can reach the default."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key_file: Path | None = None
+    """File with the key that every route but /health asks for; none without."""
+    model_name: str | None = None
+    """Name that requests give as `model`; the folder's name by default."""
+    rows: int = 8
+    """Sequences that decode together."""
+    queue: int = 64
+    """Requests that may wait beyond these; more are told 429."""
+    max_seq_len: int | None = None
+    """Longest prompt and answer together; the checkpoint's by default."""
+    pages: int | None = None
+    """Pages of keys and values for all sequences; room for the longest one by default."""
+    page_size: int = 256
+    """Tokens a page."""
+    chunk: int = 2048
+    """Tokens of a prompt that are read at once."""
+    decode_steps: int = 4
+    """Tokens a sequence gets between two looks at what else there is to do."""
+    snapshots: int = 8
+    """Prefixes of prompts that are kept for later ones."""
+    dtype: Literal["as-stored", "fp32", "bf16"] = "as-stored"
+    """Of parameters and activations; state, router and logits are fp32 always."""
+    warm_up: bool = True
+    """Compile all programs before the first request."""
+    max_body: int = 16 << 20
+    """Bytes of a request at most."""
+    connections: int = 512
+    """Connections at once; more are told 503."""
+    grace: float = 30.0
+    """Seconds that requests have to end when the server is stopped."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until told to stop."""
+    options = tyro.cli(Serve, prog="mmx serve", args=arguments)
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise ValueError("serving needs two more packages; pip install 'mmx[serve]'") from None
+    _check(options)
+    key = None if options.api_key_file is None else _read_key(options.api_key_file)
+    listener = _listen(options.host, options.port)
+    try:
+        return _serve(options, key, listener)
+    finally:
+        listener.close()
+
+
+def _check(options: Serve) -> None:
+    for name in ("queue", "max_body", "connections", "grace"):
+        value, least = getattr(options, name), 0 if name in ("queue", "grace") else 1
+        if not least <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+
+
+def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
+    from mmx.convert.load import load_config
+    from mmx.inference.text import load_tokenizer
+
+    load_config(options.path)  # a folder that is none is named as that
+    tokenizer = load_tokenizer(options.path)
+
+    import asyncio
+    import dataclasses
+
+    import jax.numpy as jnp
+
+    import mmx
+    from mmx.inference.chat import load_chat_template
+    from mmx.inference.engine import Engine
+    from mmx.inference.http_limits import Limits
+    from mmx.inference.openai_prompts import Served
+    from mmx.inference.server import serve
+    from mmx.inference.text import longest_token
+
+    # Where the template lies is nobody's business out there.
+    template = dataclasses.replace(load_chat_template(options.path), file="the model")
+    dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
+    config, params = mmx.load(options.path, dtype=dtype)
+    engine = Engine(
+        config,
+        params,
+        rows=options.rows,
+        pages=options.pages,
+        max_seq_len=options.max_seq_len,
+        page_size=options.page_size,
+        chunk=options.chunk,
+        decode_steps=options.decode_steps,
+        snapshots=options.snapshots,
+        tokenizer=tokenizer,
+    )
+    if options.warm_up:
+        _warm_up(engine)
+    longest = longest_token(tokenizer)
+    served = Served(
+        name=options.model_name or options.path.resolve().name,
+        config=config,
+        tokenizer=tokenizer,
+        template=template,
+        max_seq_len=engine.max_seq_len,
+        max_answers=options.rows + options.queue,
+        max_characters=None if longest is None else longest * engine.max_seq_len,
+        created=int(time.time()),
+    )
+    if key is None and options.host not in _LOCAL:
+        _note(f"whoever can reach {options.host} can use this server; give --api-key-file")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+
+    def ready(_: object) -> None:
+        print(f"mmx: serving {served.name} at {address}/v1", flush=True)
+
+    most = options.max_body
+    limits = Limits(body=most, bodies=8 * most, connections=options.connections)
+    ended = asyncio.run(
+        serve(
+            engine,
+            served,
+            listener,
+            queue=options.queue,
+            key=key,
+            limits=limits,
+            grace=options.grace,
+            ready=ready,
+            log=_note,
+        )
+    )
+    if not ended:
+        # A step still runs, compiling perhaps: Python cannot end with a thread in there.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _warm_up(engine: "Engine") -> None:
+    """Every program once: a prompt of each length that is read at once, and some decoding."""
+    from mmx.inference.decoding import PADDED
+    from mmx.inference.requests import Sampling
+
+    sizes: list[int] = list(PADDED)
+    while sizes[-1] < engine.chunk:
+        sizes.append(2 * sizes[-1])
+    room = engine.max_seq_len - engine.decode_steps - 1
+    sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
+    for size in sizes:
+        if size <= room:
+            engine.generate([[0] * size], sampling)
+    engine.snapshots.clear()
+    engine.snapshots.hits = engine.snapshots.saved_tokens = 0
+
+
+def _read_key(file: Path) -> str:
+    from mmx.convert.bounded import read_text
+
+    key = read_text(file, most=_KEY).strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{file}: an API key is a line of printable ASCII without spaces")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address now: loading a model in vain would take long. Connections wait for nobody:
+    they are refused until the server is ready.
+    """
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port is {port}; it must be 0 to 65535")
+    listener = None
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except (OSError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({reason}); choose another --host or --port"
+        ) from None
+
+
+def _note(text: str) -> None:
+    text = " ".join(text.split())
+    print(f"mmx: note: {text if text.isprintable() else ascii(text)}", file=sys.stderr, flush=True)
