@@ -103,7 +103,7 @@ def test_nobody_imports_tests():
 
 def test_third_party_imports_are_declared_dependencies():
     declared = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
-    for extra in ("hf", "parquet"):
+    for extra in ("hf", "parquet", "serve"):
         extras = PROJECT["project"]["optional-dependencies"][extra]
         declared |= {Requirement(text).name for text in extras}
     declared = {canonicalize_name(name) for name in declared}
