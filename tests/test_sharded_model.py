@@ -1,6 +1,7 @@
 """The model over 8 CPU devices against one: logits, loss, every gradient; rows packed every way."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -45,8 +46,14 @@ BATCH = {"tokens": TOKENS, "segment_ids": IDS}
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def program(partition, params, **options):
-    """Compiled: params -> loss with its parts, logits, gradients."""
+def spread(partition):
+    """The parameters on their devices."""
+    axes = jax.tree.map(lambda spec: spec.axes, param_specs(CONFIG))
+    return jax.device_put(PARAMS, named(PARAMS, axes, partition))
+
+
+def gradient_of(partition, **options):
+    """Jitted: params -> (loss, (its parts, logits)), gradients."""
 
     def value(params):
         seen = []
@@ -64,19 +71,13 @@ def program(partition, params, **options):
             )  # fmt: skip
         return total, (parts, *seen)
 
-    gradient = jax.jit(jax.value_and_grad(value, has_aux=True))
-    return gradient.lower(params).compile(QUICK)
-
-
-def spread(partition):
-    """The parameters on their devices."""
-    axes = jax.tree.map(lambda spec: spec.axes, param_specs(CONFIG))
-    return jax.device_put(PARAMS, named(PARAMS, axes, partition))
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
 
 
 @functools.cache
 def one_device(capacity_factor):
-    return jax.device_get(program(None, PARAMS, capacity_factor=capacity_factor)(PARAMS))
+    run = gradient_of(None, capacity_factor=capacity_factor).lower(PARAMS).compile(QUICK)
+    return jax.device_get(run(PARAMS))
 
 
 def close(seen, true):
@@ -93,7 +94,8 @@ def close(seen, true):
 def test_logits_loss_and_gradients_are_those_of_one_device(name):
     ours, sizes, options = CASES[name]
     params = spread(partition := partition_of(ours, sizes))
-    (total, (parts, logits)), grads = jax.device_get(program(partition, params, **options)(params))
+    run = gradient_of(partition, **options).lower(params).compile(QUICK)
+    (total, (parts, logits)), grads = jax.device_get(run(params))
     (true_total, (true, true_logits)), true_grads = one_device(options.get("capacity_factor"))
     real = IDS[..., None] != 0  # logits at padding mean nothing
     close(np.where(real, logits, 0), np.where(real, true_logits, 0))
@@ -101,3 +103,14 @@ def test_logits_loss_and_gradients_are_those_of_one_device(name):
     np.testing.assert_array_equal(dropped, true.stats.num_dropped)
     assert (dropped > 0).all() == ("capacity_factor" in options)
     close((total, parts, grads), (true_total, true, true_grads))
+
+
+def test_a_mesh_of_one_device_is_the_same_program():
+    """Operation by operation; what is added are annotations."""
+    partition = Partition(make_mesh(MeshConfig(), jax.devices()[:1]), rules.EXPERT)
+
+    def operations(partition):
+        text = gradient_of(partition, capacity_factor=0.8, loss_blocks=2).lower(PARAMS).as_text()
+        return re.findall(r"(?:stablehlo|chlo|func)\.\w+|sdy\.manual\w+", text)
+
+    assert operations(partition) == operations(None)
