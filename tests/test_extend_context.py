@@ -9,7 +9,6 @@ import train_runs
 
 from mmx.data import tokenizer as bpe
 from mmx.evaluation.needles import needle_accuracy
-from mmx.training.placement import Placement
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
 from recipes.extend_context import PRESETS, ExtendContext, Stage
@@ -39,7 +38,7 @@ def recipe_of(root: Path, manifest, name="long", **changes):
 @pytest.mark.slow
 def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypatch):
     root, manifest = pretrained
-    monkeypatch.setattr(extend_context, "default_placement", lambda rows: Placement())
+    monkeypatch.setattr(extend_context, "partition_of", lambda *_: None)
     recipe = recipe_of(root, manifest)
     reports = extend_context.run(recipe)
     assert json.loads((root / "long/extension.json").read_text()) == json.loads(json.dumps(reports))
