@@ -193,3 +193,22 @@ def test_nothing_is_compiled_after_the_warm_up():
         it.generate([[7] * size], max_new_tokens=5, temperature=1.0)
     assert [program._cache_size() for program in programs] == before
     assert time.perf_counter() - began < 60
+
+
+def test_the_warm_up_reads_every_length_although_prefixes_are_kept():
+    read, kept = [], []
+
+    class Stub:
+        chunk, max_seq_len, decode_steps = 1024, 2000, 2
+        snapshots = SimpleNamespace(step=256, clear=kept.clear, hits=0, saved_tokens=0)
+
+        def generate(self, prompts, sampling):
+            [prompt] = prompts
+            found = max([n for n in kept if n < len(prompt)], default=0)
+            read.append((found, len(prompt) - found))
+            kept.append(len(prompt) // 256 * 256)
+
+    serve._warm_up(Stub())  # pyright: ignore[reportArgumentType]
+    assert {size for found, size in read if not found} >= {32, 64, 128, 256, 512, 1024}
+    assert any(found for found, _ in read)  # beginning with a prefix is a program of its own
+    assert kept == []

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import json
 import resource
+import signal
 import socket
 import threading
 import time
@@ -13,7 +14,6 @@ import bad_requests
 import pytest
 from bad_requests import COMPLETION, JSON
 from serving import (
-    CONFIG,
     NAME,
     QUEUE,
     ROWS,
@@ -27,6 +27,7 @@ from serving import (
     running,
 )
 
+from mmx.inference import server as server_module
 from mmx.inference.chat import ChatTemplate
 
 COMPLETIONS = "/v1/completions"
@@ -342,4 +343,31 @@ def test_those_who_take_longer_than_the_grace_are_told():
     assert engine.idle
     engine.snapshots.clear()
     assert engine.pages.free == engine.pages.count
-    assert CONFIG.max_seq_len == engine.max_seq_len
+
+
+def test_a_second_signal_ends_the_grace(monkeypatch):
+    made = []
+
+    class Watched(server_module._Uvicorn):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(server_module, "_Uvicorn", Watched)
+    engine = make_engine()
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.05), step())[1]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool, running(engine=engine, grace=100) as it:
+        whole = pool.submit(call, it, COMPLETIONS, LONG)
+        while not it.service._open:
+            time.sleep(0.01)
+        made[0].handle_exit(signal.SIGTERM, None)
+        while not it.service.stopping:
+            time.sleep(0.01)
+        assert call(it, COMPLETIONS, COMPLETION).status == 503
+        assert not whole.done()
+        began = time.perf_counter()
+        made[0].handle_exit(signal.SIGTERM, None)
+        assert whole.result(30).json["error"]["code"] == "stopping"
+        assert time.perf_counter() - began < 5
+    assert engine.idle

@@ -175,12 +175,15 @@ def _warm_up(engine: "Engine") -> None:
         sizes.append(2 * sizes[-1])
     room = engine.max_seq_len - engine.decode_steps - 1
     sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
-    for size in sizes:
+    for size, smaller in zip(sizes, [0, *sizes[:-1]], strict=True):
+        # Short prompts are padded to a size, long ones are read in chunks of just that.
+        length = min(size, room) if size in PADDED else size
+        if not smaller < length <= room:
+            break
         engine.snapshots.clear()  # or most of the prompt would not be read again
-        if size <= room:
-            engine.generate([[0] * size], sampling)
-            if size > engine.snapshots.step:
-                engine.generate([[0] * size], sampling)  # a prefix is found
+        engine.generate([[0] * length], sampling)
+        if length > engine.snapshots.step:
+            engine.generate([[0] * length], sampling)  # a prefix is found
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 
