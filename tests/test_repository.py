@@ -168,9 +168,9 @@ def test_importing_everything_changes_no_setting():
 
 
 def test_public_names():
-    wanted = {"ModelConfig", "preset", "load", "Cache", "init_cache", "Engine", "Sampling", "generate",
-              "ForwardOutput", "abstract_params", "count_params", "forward", "init_params",
-              "loss"}  # fmt: skip
+    wanted = {"ModelConfig", "preset", "load", "Cache", "init_cache", "Engine", "Sampling",
+              "generate", "ForwardOutput", "abstract_params", "count_params", "forward",
+              "init_params", "loss"}  # fmt: skip
     assert wanted <= set(mmx.__all__)
     assert len(set(mmx.__all__)) == len(mmx.__all__)
     for name in mmx.__all__:
