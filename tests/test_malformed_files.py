@@ -64,17 +64,51 @@ def refused(call, folder, *named):
 # ---------------------------------------------------------------- by hand
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_by_hand(name, tmp_path, capsys):
-    spoil, named = CASES[name]
-    folder = checkpoints.copy_golden(checkpoints.RELEASED, tmp_path / "it")
-    spoil(folder)
-    refused(lambda: mmx.load(folder), folder, *named)
-    assert main(["generate", str(folder), "--tokens", "1,2"]) == 2
+def command_refuses(capsys, *arguments):
+    capsys.readouterr()
+    assert main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("mmx: error: ")
     assert err.count("\n") == 1
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_hand(name, tmp_path, capsys):
+    spoil, named = CASES[name]
+    folder = checkpoints.copy_golden(checkpoints.RELEASED, tmp_path / "it")
+    there = checkpoints.copy_golden(checkpoints.RELEASED, tmp_path / "there")
+    spoil(folder)
+    refused(lambda: mmx.load(folder), folder, *named)
+    command_refuses(capsys, "generate", folder, "--tokens", "1,2")
+    # Nothing is made, and what would be replaced is as it was.
+    before, kept = set(tmp_path.iterdir()), contents(there)
+    command_refuses(capsys, "convert", folder, tmp_path / "out", "--to", "orbax")
+    command_refuses(capsys, "convert", folder, there, "--to", "hf", "--overwrite")
+    assert set(tmp_path.iterdir()) == before
+    assert contents(there) == kept
+
+
+def test_the_limit_of_a_header_is_the_callers_to_raise(tmp_path, capsys):
+    """A header of 9 MiB, all but a little of it white space, which the format allows."""
+    folder = checkpoints.copy_golden(checkpoints.RELEASED, tmp_path / "it")
+    file = folder / SHARD_2
+    header, data = checkpoints.split_file(file.read_bytes())
+    text = json.dumps(header).encode().ljust(9 << 20)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    refused(lambda: mmx.load(folder), folder, SHARD_2, "at most 8,388,608", "--max-header")
+    out, other = tmp_path / "out", checkpoints.GOLDEN / checkpoints.RELEASED
+    for command in (["inspect", folder], ["verify", other, folder],
+                    ["convert", folder, out, "--to", "orbax"]):  # fmt: skip
+        command_refuses(capsys, *command)
+        command_refuses(capsys, *command, "--max-header", "9000000")
+        command_refuses(capsys, *command, "--max-header", "wide")
+        assert not out.exists()
+        assert main([*map(str, command), "--max-header", "9MiB"]) == 0
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, SHARD_2])
@@ -274,8 +308,12 @@ def refit(content):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_mutated_headers(part, tmp_path):
+def test_mutated_headers(part, tmp_path, capsys):
     rng = random.Random(part)
+    folder = tmp_path / "it"
+    folder.mkdir()
+    config = checkpoints.GOLDEN / checkpoints.RELEASED / "config.json"
+    (folder / "config.json").write_bytes(config.read_bytes())
     header = len(SMALL) - len(checkpoints.split_file(SMALL)[1])
     assert strict(SMALL)
     taken = 0
@@ -283,8 +321,13 @@ def test_mutated_headers(part, tmp_path):
         content = edit(rng) if number % 4 == 0 else mutate(SMALL, header, rng)
         if number % 4 == 1:
             content = refit(content)
-        file = tmp_path / f"{number}.safetensors"
+        file = folder / f"{number}.safetensors"
         file.write_bytes(content)
+        if number % 20 == part:  # the command takes longer than the reader; wrong tensors at best
+            os.link(file, folder / "model.safetensors")
+            command_refuses(capsys, "convert", folder, tmp_path / "out", "--to", "orbax")
+            (folder / "model.safetensors").unlink()
+            assert os.listdir(tmp_path) == ["it"]
         want = strict(content)
         if want is None:
             refused(lambda file=file: read_header(file), file)
