@@ -238,6 +238,7 @@ def run(recipe: ExtendContext) -> list[dict[str, Any]]:
         )
         text = json.dumps(reports, indent=1) + "\n"
         write_atomic(recipe.run_dir / "extension.json", text.encode())
+        print(f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}", flush=True)
     return reports
 
 
@@ -333,6 +334,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _told(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What a person wants to know of a stage: retrieval inside its length, beside the losses."""
+    needles = row["needles"]
+    return (
+        ("length", f"{row['seq_len']:,}"),
+        ("RoPE base", f"{row['rope_theta']:,.0f}"),
+        ("held-out loss", f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}"),
+        ("short text", f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}"),
+        ("retrieved", f"{sum(needles['exact']) / len(needles['exact']):.0%}"),
+        ("by depth", " ".join(f"{share:.0%}" for share in needles["exact"])),
+        ("loss of answers", f"{needles['loss']:.3f}"),
+    )
+
+
 def _report(recipe: ExtendContext, reports: Sequence[dict[str, Any]]) -> None:
     """One row a stage, and what to do next."""
     from rich.console import Console
@@ -340,18 +355,10 @@ def _report(recipe: ExtendContext, reports: Sequence[dict[str, Any]]) -> None:
 
     if not reports:
         return
-    columns = ("length", "RoPE base", "held-out loss", "short text", "retrieved", "by depth")
-    table = Table(*columns, title="after each stage; losses in nats, before -> after")
+    title = "after each stage; losses in nats, before -> after"
+    table = Table(*(name for name, _ in _told(reports[0])), title=title)
     for row in reports:
-        needles = row["needles"]
-        table.add_row(
-            f"{row['seq_len']:,}",
-            f"{row['rope_theta']:,.0f}",
-            f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}",
-            f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}",
-            f"{sum(needles['exact']) / len(needles['exact']):.0%}",
-            " ".join(f"{share:.0%}" for share in needles["exact"]),
-        )
+        table.add_row(*(value for _, value in _told(row)))
     Console().print(table)
     print(f"report: {recipe.run_dir / 'extension.json'}")
     last = recipe.run_dir / reports[-1]["run"]
