@@ -97,10 +97,20 @@ def requests(number, seed):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Requests, and what each gives in an engine of its own."""
-    made = requests(24, 1)
-    engine = make()
-    return [(p, s, engine.generate([p], s)[0].tokens) for p, s in made]
+    """Requests, and what each gives in an engine of its own; every third stops at one of its ids.
+
+    One that ends where nobody could have known is looked at while others need its pages.
+    """
+    engine = make(snapshots=0)
+    made = []
+    for index, (prompt, sampling) in enumerate(requests(24, 1)):
+        tokens = engine.generate([prompt], sampling)[0].tokens
+        if index % 3 == 2:
+            stop = tokens[len(tokens) // 2]
+            sampling = dataclasses.replace(sampling, stop_ids=(stop,))
+            tokens = tokens[: tokens.index(stop) + 1]
+        made.append((prompt, sampling, tokens))
+    return made
 
 
 def run_schedule(engine, alone, chance):
@@ -381,6 +391,18 @@ def test_bad_requests_are_refused_and_the_engine_lives_on(alone, prompt, options
     assert engine.idle
     prompt, sampling, tokens = alone[1]
     assert engine.generate([prompt], sampling)[0].tokens == tokens
+
+
+def test_a_request_as_long_as_all_pages_is_served(alone):
+    """With pages for less than a row can have: it must not wait for more than there are."""
+    engine = make(pages=3)
+    assert (engine.max_seq_len, engine.row_pages) == (48, 16)
+    prompt = (alone[0][0] * 48)[:46]
+    engine.submit(prompt, Sampling(max_new_tokens=2))
+    events = [event for _ in range(6) for event in engine.step()]
+    assert [event.finish_reason for event in events] == [None, "length"]
+    with pytest.raises(ValueError, match="49 tokens; there is room for 48 together"):
+        engine.submit(prompt, Sampling(max_new_tokens=3))
 
 
 def test_bad_engines_are_refused():

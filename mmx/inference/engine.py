@@ -236,9 +236,11 @@ class Engine:
                 if prefix is not None:
                     self.pages.share(prefix.pages)
                     request.pages = list(prefix.pages)
-            # Room for what is known, and a page to grow: or it would be sent away at once.
+            # Room for what is known and to grow: or it would be sent away at once. No more than it
+            # can come to: there may be no more at all, and it would wait for ever.
             known = request.reach if queue is self._away else request.prompt.size
-            while not self._take_pages(request, known + self.decode_steps):
+            wanted = min(known + self.decode_steps, request.longest)
+            while not self._take_pages(request, wanted):
                 if not self.snapshots.evict(spare=prefix):
                     self.pages.give(request.pages)
                     request.pages = []
@@ -270,9 +272,8 @@ class Engine:
             if not request.decodes:
                 continue
             had = len(request.pages)
-            last = request.prompt.size + request.sampling.max_new_tokens
             while request.decodes and not self._take_pages(
-                request, min(request.reach + self.decode_steps, last)
+                request, min(request.reach + self.decode_steps, request.longest)
             ):
                 if self.snapshots.evict():
                     continue
