@@ -28,6 +28,7 @@ from mmx.nn.layers import Embedding, Head, ParamSpec, RMSNorm
 from mmx.nn.memory import Memory, Slots
 from mmx.nn.sequence import Sequence, describe
 from pallas_kernels.dispatch import concrete
+from sharding import Partition, constrain
 
 Params = dict[str, Any]
 Tokens = Int[Array | np.ndarray, "B T"]
@@ -148,6 +149,7 @@ def forward(
     return_hidden: bool = False,
     remat: Remat = "none",
     implementation: str | None = None,
+    partition: Partition | None = None,
 ) -> ForwardOutput:
     """Logits of the next token at every position. Jit it with `config` static, or call it as it is.
 
@@ -165,21 +167,46 @@ def forward(
       return_hidden: also return hidden states and router logits.
       remat: what the backward pass recomputes: nothing, each superblock, or each layer.
       implementation: of the kernels ('xla', 'reference'); None is the best on this platform.
+      partition: spread the work over devices, with parameters where `mmx.placement` puts them; the
+        same numbers. None runs where the arrays are.
 
     Raises:
-      ValueError: tokens, mask or segment ids of the wrong shape, dtype or range; a full cache.
+      ValueError: tokens, mask or segment ids of the wrong shape, dtype or range; a full cache; sizes
+        that the devices of the partition cannot share evenly.
     """
     check_tokens(tokens, config, mask=mask, segment_ids=segment_ids)
     if cache is not None:
         _check_cache(cache, tokens.shape, config)
     return _forward(
-        params, tokens, config, mask, segment_ids, cache, return_hidden, remat, implementation
+        params,
+        tokens,
+        config,
+        mask,
+        segment_ids,
+        cache,
+        return_hidden=return_hidden,
+        remat=remat,
+        implementation=implementation,
+        partition=partition,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "return_hidden", "remat", "implementation"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "return_hidden", "remat", "implementation", "partition"),
+)
 def _forward(
-    params, tokens, config, mask, segment_ids, cache, return_hidden, remat, implementation
+    params,
+    tokens,
+    config,
+    mask,
+    segment_ids,
+    cache,
+    *,
+    return_hidden,
+    remat,
+    implementation,
+    partition,
 ) -> ForwardOutput:
     x, cache, hidden, aux = backbone(
         params,
@@ -191,19 +218,30 @@ def _forward(
         return_hidden=return_hidden,
         remat=remat,
         implementation=implementation,
+        partition=partition,
     )
-    return ForwardOutput(unembed(params, x, config), cache, hidden, aux)
+    logits = unembed(params, x, config)
+    logits = constrain(logits, "batch", "seq", "vocab", partition=partition)
+    return ForwardOutput(logits, cache, hidden, aux)
 
 
 def unembed(
     params: Params, x: Float[Array, "B T D"], config: ModelConfig
 ) -> Float[Array, "B T vocab"]:
-    """fp32 logits of activations that have been through the final norm."""
-    modules = _modules(config)
+    """fp32 logits of activations that have been through the final norm.
+
+    `params` may hold the head alone, and of that any part of the vocabulary.
+    """
+    modules, name = _modules(config), head_name(config)
     with jax.named_scope("head"):
         if config.tie_embeddings:
-            return layers.bind(modules.embed, params["embed"]).attend(x)
-        return layers.bind(modules.head, params["head"])(x)
+            return layers.bind(modules.embed, params[name]).attend(x)
+        return layers.bind(modules.head, params[name])(x)
+
+
+def head_name(config: ModelConfig) -> str:
+    """Which part of the parameters makes the logits: the embedding where the two are tied."""
+    return "embed" if config.tie_embeddings else "head"
 
 
 def backbone(
@@ -219,6 +257,7 @@ def backbone(
     implementation: str | None = None,
     capacity_factor: float | None = None,
     statistics: bool = False,
+    partition: Partition | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None, Float[Array, "layers B T D"] | None, LayerStats]:
     """Everything but the head: see `forward`. Returns activations after the final norm.
 
@@ -227,10 +266,10 @@ def backbone(
     if remat not in ("none", "superblock", "layer"):
         raise ValueError(f"remat is {remat!r}; it must be 'none', 'superblock' or 'layer'")
     execution = Execution(
-        return_hidden, remat == "layer", implementation, capacity_factor, statistics
+        return_hidden, remat == "layer", implementation, capacity_factor, statistics, partition
     )
     batch, length = tokens.shape
-    sequence, advanced = describe((batch, length), mask, segment_ids, cache)
+    sequence, advanced = describe((batch, length), mask, segment_ids, cache, partition=partition)
     slots = None
     if cache is not None and advanced is not None:
         arrays = cache.lightning_states, cache.keys, cache.values
@@ -263,7 +302,9 @@ def trunk[M: Memory](
     """
     modules = _modules(config)
     with jax.named_scope("embed"):
-        embedded = layers.bind(modules.embed, params["embed"])(tokens)
+        embedded = layers.bind(modules.embed, params["embed"])(
+            tokens, partition=execution.partition
+        )
 
     def superblock(carry, scanned):
         x, memory = carry

@@ -1,14 +1,17 @@
 """Spreading arrays over a mesh by the names of their axes. Knows jax and `pallas_kernels` only.
 
 Arrays carry logical axes (`mmx.nn.layers.ParamSpec.axes`), `Rules` say which axes of a mesh split
-them, and a `Partition` is mesh and rules together. `experts` brings tokens to their experts;
-`lasp` and `ring` are the two kinds of attention over sequences that are split over devices.
+them, and a `Partition` is mesh and rules together. What works on shards and not by the compiler alone:
+`attention` (`lasp` and `ring` where the sequence is split), `experts` and `vocabulary`. These take
+global arrays and a partition, or None for one device.
 """
 
+from sharding import attention as attention
 from sharding import experts as experts
 from sharding import lasp as lasp
 from sharding import ring as ring
 from sharding import rules as rules
+from sharding import vocabulary as vocabulary
 from sharding.mesh import MeshConfig as MeshConfig
 from sharding.mesh import axis_sizes as axis_sizes
 from sharding.mesh import make_mesh as make_mesh

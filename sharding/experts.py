@@ -21,15 +21,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import platform
 from pallas_kernels.dispatch import accumulation_dtype
-from sharding import rules as _rules
 from sharding.capacity import expert_capacity, within_capacity
 from sharding.exchange import Exchange, Way, expert_lanes, move
-from sharding.partition import Partition
+from sharding.partition import Partition, gathered
 
 # (rows [M, D] sorted by expert, rows of each local expert [E']) -> [M, D], 0 past the last expert.
 Compute = Callable[[jax.Array, jax.Array], jax.Array]
@@ -50,7 +48,6 @@ def mixture(
     num_experts: int,
     partition: Partition | None,
     capacity_factor: float | None = None,
-    groups: int = 1,
     exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T k"] | None]:
     """sum_k weights_k expert_k(token), experts and tokens spread as the partition says.
@@ -69,42 +66,44 @@ def mixture(
       compute: (params, rows [M, D], rows of each expert [E']) -> [M, D], for E' local experts;
         rows past the last expert give 0.
       num_experts: E.
-      partition: None for one device.
+      partition: None for one device; `expert_groups` of it is for tokens that are exchanged.
       capacity_factor: see `within_capacity`; None drops nothing.
-      groups: parts of each device's tokens that are exchanged apart, so that one travels while
-        another is computed; a divisor of its number of tokens.
       exchange: see `exchanged`.
 
     Returns:
       The output in fp32, and with a capacity which choices were kept.
 
     Raises:
-      ValueError: sizes that the devices cannot share evenly, tokens not in `groups`, or rules that
-        no exchange can follow.
+      ValueError: sizes that the devices cannot share evenly, tokens that cannot be cut into the
+        partition's groups, or rules that no exchange can follow.
     """
     body = functools.partial(
         _shard,
         compute=compute,
         num_experts=num_experts,
         capacity_factor=capacity_factor,
-        groups=groups,
+        groups=1 if partition is None else partition.expert_groups,
         exchange=exchange,
     )
     arrays = tokens, weights, experts, is_token, params
-    if partition is None:
+    names = ("batch", "seq", "experts", "expert_mlp", "expert_embed")
+    if partition is None or not partition.splits(*names):
         return body(*arrays, split=_Split(), gather=lambda params: params)
     split = _split(partition)
 
-    def spec(axes, shape, name) -> PartitionSpec:
-        return _rules.spec(partition.rules, axes, shape, partition.mesh, name=name)
-
-    leading = spec(("batch", "seq"), tokens.shape[:2], "tokens")
+    leading = partition.spec(("batch", "seq"), tokens.shape[:2], name="tokens")
     param_specs = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, axes: spec(axes, leaf.shape, "experts" + jax.tree_util.keystr(path)),
+        lambda path, leaf, axes: partition.spec(
+            axes, leaf.shape, name="experts" + jax.tree_util.keystr(path)
+        ),
         params,
         param_axes,
     )
-    gather = functools.partial(_gathered, axes=param_axes, specs=param_specs)
+
+    def gather(params):
+        whole = functools.partial(gathered, keep=("experts", "expert_mlp"))
+        return jax.tree.map(whole, params, param_axes, param_specs)
+
     run = jax.shard_map(
         functools.partial(body, split=split, gather=gather),
         mesh=partition.mesh,
@@ -139,22 +138,6 @@ def _split(partition: Partition) -> _Split:
             "devices that share an expert must have the same tokens: take another mesh axis for one"
         )
     return _Split(batch, seq, experts[0] if experts else None, expert_mlp)
-
-
-def _gathered(params: Any, *, axes: Any, specs: Any) -> Any:
-    """The weights of this device's experts, whole but for their width (ZeRO-3).
-
-    The gradient of each gather is a reduce-scatter.
-    """
-
-    def leaf(array, logical, spec):
-        for dimension, entry in enumerate(spec):
-            over = _rules.names(entry)
-            if over and logical[dimension] not in ("experts", "expert_mlp"):
-                array = jax.lax.all_gather(array, over, axis=dimension, tiled=True)
-        return array
-
-    return jax.tree.map(leaf, params, axes, specs)
 
 
 def _shard(

@@ -32,6 +32,7 @@ import pallas_kernels
 from pallas_kernels import platform
 from pallas_kernels.dispatch import accumulation_dtype
 from pallas_kernels.lightning_attention.segments import segment_runs
+from sharding.mesh import AxisName
 
 
 def lightning_attention(
@@ -40,7 +41,7 @@ def lightning_attention(
     v: Float[Array, "B T H V"],
     decay_slopes: Float[Array, "H"],
     *,
-    axis_name: str,
+    axis_name: AxisName,
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     chunk_size: int | None = None,
@@ -55,8 +56,8 @@ def lightning_attention(
       q, k, v, segment_ids: this device's shard.
       decay_slopes, initial_state: the same on all devices of the axis. `initial_state` enters the
         first shard.
-      axis_name: the mesh axis; its size n is the number of shards. Rows and heads may be split over
-        other axes.
+      axis_name: the mesh axis, or axes; the devices along it, n of them, have a shard each. Rows
+        and heads may be split over other axes.
       chunk_size, implementation: of the kernel.
 
     Returns:
@@ -83,7 +84,7 @@ def lightning_attention(
 class _Kernel:
     """The static arguments, and the operation on one device with them."""
 
-    axis_name: str
+    axis_name: AxisName
     chunk_size: int | None
     implementation: str | None
 
@@ -139,7 +140,7 @@ class _Shards(NamedTuple):
         return jnp.where(passes[:, None, None, None], decay[..., None, None] * state, 0)
 
 
-def _gather_shards(axis_name: str, length: int, ids: Int[Array, "B T"] | None) -> _Shards:
+def _gather_shards(axis_name: AxisName, length: int, ids: Int[Array, "B T"] | None) -> _Shards:
     n = jax.lax.axis_size(axis_name)
     if ids is None:
         yes = jnp.ones((n, 1), bool)

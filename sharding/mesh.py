@@ -22,6 +22,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "expert", "seq", "tensor")
+# One axis, or several as one, the first of them outermost.
+AxisName = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)

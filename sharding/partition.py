@@ -1,10 +1,12 @@
 """A mesh and its rules: what modules are handed, so that they name logical axes only."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding import rules as _rules
 from sharding.rules import Rules
@@ -14,6 +16,12 @@ from sharding.rules import Rules
 class Partition:
     """How arrays are spread. Hashable, so that it can be a static argument of `jax.jit`.
 
+    Attributes:
+      mesh: of devices.
+      rules: which of its axes split what.
+      expert_groups: parts of each device's tokens that travel to the experts apart, so that one
+        travels while another is computed; a divisor of their number.
+
     Raises:
       ValueError: the rules name an axis that the mesh has not, or leave one of its axes without
         anything to split, so that its devices would all do the same.
@@ -21,6 +29,7 @@ class Partition:
 
     mesh: Mesh | AbstractMesh
     rules: Rules
+    expert_groups: int = 1
 
     def __post_init__(self):
         used = set()
@@ -43,16 +52,25 @@ class Partition:
         found: tuple[str, ...] = getattr(self.rules, logical)
         return tuple(axis for axis in found if self.mesh.shape[axis] > 1)
 
+    def splits(self, *logical: str) -> bool:
+        """Whether any of these logical axes is split."""
+        return any(self.axes_of(axis) for axis in logical)
+
+    def devices_of(self, *logical: str) -> int:
+        """How many devices share what these logical axes split."""
+        return math.prod(self.mesh.shape[name] for axis in logical for name in self.axes_of(axis))
+
+    def spec(
+        self, axes: tuple[str | None, ...], shape: tuple[int, ...], *, name: str = "array"
+    ) -> PartitionSpec:
+        """How an array with these logical axes is split; see `rules.spec`."""
+        return _rules.spec(self.rules, axes, shape, self.mesh, name=name)
+
     def sharding(
-        self,
-        axes: tuple[str | None, ...],
-        shape: tuple[int, ...],
-        *,
-        name: str = "array",
+        self, axes: tuple[str | None, ...], shape: tuple[int, ...], *, name: str = "array"
     ) -> NamedSharding:
         """The sharding of an array with these logical axes; see `rules.spec`."""
-        split = _rules.spec(self.rules, axes, shape, self.mesh, name=name)
-        return NamedSharding(self.mesh, split)
+        return NamedSharding(self.mesh, self.spec(axes, shape, name=name))
 
 
 def constrain(x: jax.Array, *axes: str | None, partition: Partition | None) -> jax.Array:
@@ -85,3 +103,21 @@ def named(arrays: Any, axes: Any, partition: Partition) -> Any:
         return partition.sharding(tuple(names), array.shape, name=name)
 
     return jax.tree_util.tree_map_with_path(leaf, arrays, axes)
+
+
+def gathered(
+    array: jax.Array,
+    axes: tuple[str | None, ...],
+    split: PartitionSpec,
+    *,
+    keep: Collection[str],
+) -> jax.Array:
+    """A shard made whole but for the logical axes to keep (ZeRO-3); inside `jax.shard_map`.
+
+    Its gradient is a reduce-scatter.
+    """
+    for dimension, entry in enumerate(split):
+        over = _rules.names(entry)
+        if over and axes[dimension] not in keep:
+            array = jax.lax.all_gather(array, over, axis=dimension, tiled=True)
+    return array

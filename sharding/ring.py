@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from pallas_kernels.dispatch import accumulation_dtype, require_shape
 from pallas_kernels.softmax_attention.reference import residuals
+from sharding.mesh import AxisName
 
 # Keys, values and segment ids of a shard in zig-zag order, as they go round.
 Block = tuple[Array, Array, Array | None]
@@ -38,7 +39,7 @@ def softmax_attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
     *,
-    axis_name: str,
+    axis_name: AxisName,
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -50,8 +51,8 @@ def softmax_attention(
 
     Args:
       q, k, v, segment_ids: this device's shard; an id of 0 is padding, which gives 0.
-      axis_name: the mesh axis; its size n is the number of shards. Rows and heads may be split over
-        other axes.
+      axis_name: the mesh axis, or axes; the devices along it, n of them, have a shard each. Rows
+        and heads may be split over other axes.
       scale: 1/sqrt(K) when None.
       implementation: of the kernel, for every block.
 
@@ -104,13 +105,13 @@ def whole_blocks(device: Any, source: Any) -> tuple[tuple[Any, Any], ...]:
     return ((1, 0), (later, later))
 
 
-def _exchange(axis_name: str, half: int) -> list[tuple[int, int]]:
+def _exchange(axis_name: AxisName, half: int) -> list[tuple[int, int]]:
     """Where the first or second halves of shards in order go: (from, to)."""
     n = jax.lax.axis_size(axis_name)
     return [(i, min(2 * i + half, 2 * n - 1 - (2 * i + half))) for i in range(n)]
 
 
-def _to_zigzag(axis_name: str, x: Array) -> Array:
+def _to_zigzag(axis_name: AxisName, x: Array) -> Array:
     """[B, T, ...] in order -> the low and the high chunk of this device."""
     first, second = (
         jax.lax.ppermute(part, axis_name, _exchange(axis_name, half))
@@ -122,7 +123,7 @@ def _to_zigzag(axis_name: str, x: Array) -> Array:
     return jnp.concatenate([low, high], axis=1)
 
 
-def _from_zigzag(axis_name: str, x: Array) -> Array:
+def _from_zigzag(axis_name: AxisName, x: Array) -> Array:
     low, high = jnp.split(x, 2, axis=1)
     even = jax.lax.axis_index(axis_name) % 2 == 0
     halves = jnp.where(even, low, high), jnp.where(even, high, low)
@@ -140,13 +141,13 @@ def _from_zigzag(axis_name: str, x: Array) -> Array:
 class _Ring:
     """The static arguments."""
 
-    axis_name: str
+    axis_name: AxisName
     scale: float
     implementation: str | None
 
 
 def _circulate(
-    axis_name: str,
+    axis_name: AxisName,
     block: Block,
     travelling: Any,
     kept: Any,

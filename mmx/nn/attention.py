@@ -10,7 +10,8 @@ from mmx.nn import functional
 from mmx.nn.layers import declare
 from mmx.nn.memory import KeyValues
 from mmx.nn.sequence import Sequence
-from pallas_kernels import softmax_attention
+from sharding import Partition, constrain
+from sharding.attention import softmax_attention
 
 
 class SoftmaxAttention(nnx.Module):
@@ -46,23 +47,24 @@ class SoftmaxAttention(nnx.Module):
         memory: KeyValues | None,
         *,
         implementation: str | None,
+        partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         """Return the layer's output and, with a memory, that with the new tokens in it."""
+
+        def project(kernel: Any, heads: str) -> Float[Array, "B T H K"]:
+            projected = functional.project("btd,dhk->bthk", x, kernel[...])
+            return constrain(projected, "batch", "seq", heads, None, partition=partition)
+
         q, k = (
             functional.rotary_embedding(
-                functional.project("btd,dhk->bthk", x, kernel),
-                sequence.positions,
-                rotary_dim=self.rotary_dim,
-                theta=self.rope_theta,
+                projected, sequence.positions, rotary_dim=self.rotary_dim, theta=self.rope_theta
             )
-            for kernel in (self.q_proj[...], self.k_proj[...])
+            for projected in (project(self.q_proj, "heads"), project(self.k_proj, "kv_heads"))
         )
-        v = functional.project("btd,dhk->bthk", x, self.v_proj[...])
-        out: Any  # an array: no log-sum-exp is asked for
+        v = project(self.v_proj, "kv_heads")
+        how = {"implementation": implementation, "partition": partition}
         if memory is None:
-            out = softmax_attention(
-                q, k, v, segment_ids=sequence.kernel_segment_ids, implementation=implementation
-            )
+            out = softmax_attention(q, k, v, segment_ids=sequence.kernel_segment_ids, **how)
         else:
-            out, memory = memory.attend(q, k, v, sequence, implementation=implementation)
+            out, memory = memory.attend(q, k, v, sequence, **how)
         return functional.project("bthk,hkd->btd", out, self.out_proj[...]), memory

@@ -16,6 +16,7 @@ from mmx.nn.memory import Memory
 from mmx.nn.moe import MoE, RouterStats
 from mmx.nn.sequence import Sequence
 from pallas_kernels.softmax_attention.reference import RESIDUALS
+from sharding import Partition, constrain
 
 # Kept where layers are recomputed: at a million tokens softmax attention is most of the time, and
 # its output no more memory than a layer's input.
@@ -30,9 +31,9 @@ class Execution:
       keep_hidden: also return each layer's output and router logits.
       remat_layers: recompute each layer in the backward pass, all but `KEPT`.
       implementation: of the kernels; None lets the platform choose.
-      capacity_factor: drop what experts have no room for (`moe.within_capacity`); None drops
-        nothing.
+      capacity_factor: drop what experts have no room for (`sharding.capacity`); None drops nothing.
       statistics: also fill in the optional fields of `LayerStats`.
+      partition: over which devices arrays are spread; None for one device.
     """
 
     keep_hidden: bool = False
@@ -40,6 +41,7 @@ class Execution:
     implementation: str | None = None
     capacity_factor: float | None = None
     statistics: bool = False
+    partition: Partition | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,15 +89,13 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any, LayerStats]:
         """Return the output, the layer's memory (state or slots) and its statistics."""
         normed = self.attention_norm(x)
+        how = {"implementation": execution.implementation, "partition": execution.partition}
         with jax.named_scope(f"{self.kind}_attention"):
             if isinstance(self.attention, LightningAttention):
-                branch, memory = self.attention(
-                    normed, sequence, decay_slopes, memory, implementation=execution.implementation
-                )
+                branch, memory = self.attention(normed, sequence, decay_slopes, memory, **how)
             else:
-                branch, memory = self.attention(
-                    normed, sequence, memory, implementation=execution.implementation
-                )
+                branch, memory = self.attention(normed, sequence, memory, **how)
+        branch = spread(branch, execution.partition)
         x = _add(self.alpha, normed if self.post_norm else x, self.beta, branch)
         normed = self.mlp_norm(x)
         with jax.named_scope("moe"):
@@ -103,19 +103,25 @@ class Layer(nnx.Module):
                 normed,
                 sequence.real,
                 keep_logits=execution.keep_hidden,
-                implementation=execution.implementation,
                 capacity_factor=execution.capacity_factor,
                 statistics=execution.statistics,
+                **how,
             )
         state_mean_square = None
         if execution.statistics:
             state = memory if self.kind == "lightning" else jnp.zeros(())
             state_mean_square = jnp.mean(jnp.square(jax.lax.stop_gradient(state)))
+        x = _add(self.mlp_alpha, normed if self.post_norm else x, self.mlp_beta, branch)
         return (
-            _add(self.mlp_alpha, normed if self.post_norm else x, self.mlp_beta, branch),
+            spread(x, execution.partition),
             memory,
             LayerStats(**vars(stats), state_mean_square=state_mean_square),
         )
+
+
+def spread(x: Float[Array, "B T D"], partition: Partition | None) -> Float[Array, "B T D"]:
+    """Activations where a partition has them between layers."""
+    return constrain(x, "batch", "seq", "embed", partition=partition)
 
 
 def _add(alpha: float, residual: jax.Array, beta: float, branch: jax.Array) -> jax.Array:

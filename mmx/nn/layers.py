@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mmx.nn import functional
+from sharding import Partition, constrain, vocabulary
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, dim: int):
         self.embedding = declare((vocab_size, dim), ("vocab", "embed"), fan_in=dim, fan_out=dim)
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # As uint32 a negative id is out of range too; out of range gives NaN, never another row.
-        return (
-            self.embedding[...].at[tokens.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
-        )
+    def __call__(
+        self, tokens: Int[Array, "B T"], *, partition: Partition | None = None
+    ) -> Float[Array, "B T D"]:
+        """Rows of the embedding; NaN for an id out of range."""
+        return vocabulary.lookup(self.embedding[...], tokens, partition=partition)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """fp32 logits against the embedding (tied head)."""
@@ -121,7 +122,14 @@ class GatedMLP(nnx.Module):
         shape, axes = (hidden, dim), ("mlp", "embed")
         self.down_proj = declare(shape, axes, fan_in=hidden, fan_out=dim, inputs=(0,))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate = functional.project("...d,df->...f", x, self.gate_proj[...])
-        up = functional.project("...d,df->...f", x, self.up_proj[...])
-        return functional.project("...f,fd->...d", functional.swiglu(gate, up), self.down_proj[...])
+    def __call__(
+        self, x: Float[Array, "B T D"], *, partition: Partition | None = None
+    ) -> Float[Array, "B T D"]:
+        gate, up = (
+            constrain(
+                functional.project("btd,df->btf", x, kernel[...]),
+                "batch", "seq", "mlp", partition=partition,
+            )
+            for kernel in (self.gate_proj, self.up_proj)
+        )  # fmt: skip
+        return functional.project("btf,fd->btd", functional.swiglu(gate, up), self.down_proj[...])

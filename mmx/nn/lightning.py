@@ -9,7 +9,9 @@ from mmx.config import ModelConfig
 from mmx.nn import functional
 from mmx.nn.layers import RMSNorm, declare
 from mmx.nn.sequence import Sequence
-from pallas_kernels import lightning_attention, lightning_decode_step
+from pallas_kernels import lightning_decode_step
+from sharding import Partition, constrain
+from sharding.attention import lightning_attention
 
 
 class LightningAttention(nnx.Module):
@@ -55,11 +57,14 @@ class LightningAttention(nnx.Module):
         state: Float[Array, "B H K V"] | None,
         *,
         implementation: str | None,
+        partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
         """Return the layer's output and its state after the last token, in fp32."""
         # The weights are reordered, not the activations, which are larger.
         kernel = jax.tree.map(lambda w: jnp.swapaxes(w, 1, 2), self.qkv_proj[...])
-        qkv = functional.silu(functional.project("btd,dchk->btchk", x, kernel))
+        qkv = functional.project("btd,dchk->btchk", x, kernel)
+        qkv = constrain(qkv, "batch", "seq", None, "heads", None, partition=partition)
+        qkv = functional.silu(qkv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if state is not None:
             assert sequence.continues is not None
@@ -79,10 +84,12 @@ class LightningAttention(nnx.Module):
                 segment_ids=sequence.kernel_segment_ids,
                 chunk_size=self.chunk_size,
                 implementation=implementation,
+                partition=partition,
             )
         heads, head_dim = out.shape[2:]
         out = self.norm(out.reshape(*out.shape[:2], heads * head_dim)).reshape(out.shape)
         gate = functional.project("btd,dhk->bthk", x, self.gate_proj[...], out_dtype=jnp.float32)
+        gate = constrain(gate, "batch", "seq", "heads", None, partition=partition)
         out = _gated(out, gate)
         return functional.project("bthk,hkd->btd", out, self.out_proj[...]), state
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from mmx.config import LayerKind
 from mmx.nn.sequence import Sequence
-from pallas_kernels import paged_attention, softmax_attention
+from pallas_kernels import paged_attention
+from sharding import Partition
+from sharding.attention import softmax_attention
 
 
 class Memory(Protocol):
@@ -39,6 +41,7 @@ class KeyValues(Protocol):
         sequence: Sequence,
         *,
         implementation: str | None,
+        partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T H K"], Self]:
         """Remember new keys and values, and attend to all that the queries may see."""
         ...
@@ -81,7 +84,16 @@ class _LayerSlots:
     memory: Slots
     layer: Int[Array, ""]
 
-    def attend(self, q, k, v, sequence: Sequence, *, implementation: str | None):
+    def attend(
+        self,
+        q,
+        k,
+        v,
+        sequence: Sequence,
+        *,
+        implementation: str | None,
+        partition: Partition | None = None,
+    ):
         memory = self.memory
         at = (self.layer, 0, memory.first_slot, 0, 0)
         keys, values = (
@@ -99,6 +111,7 @@ class _LayerSlots:
             kv_segment_ids=memory.slot_segments,
             q_offset=memory.first_slot,
             implementation=implementation,
+            partition=partition,
         )
         memory = Slots(**{**vars(memory), "keys": keys, "values": values})
         return out, _LayerSlots(memory, self.layer)
@@ -143,7 +156,16 @@ class _LayerPages:
     memory: Pages
     layer: Int[Array, ""]
 
-    def attend(self, q, k, v, sequence: Sequence, *, implementation: str | None):
+    def attend(
+        self,
+        q,
+        k,
+        v,
+        sequence: Sequence,
+        *,
+        implementation: str | None,
+        partition: Partition | None = None,
+    ):
         memory = self.memory
         layers, pages, size = memory.key_pages.shape[:3]
         positions = jnp.where(sequence.real, sequence.positions, -1)

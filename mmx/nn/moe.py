@@ -1,9 +1,8 @@
 """Mixture of experts: fp32 router, top-k, every token to its experts.
 
-No token is dropped unless training asks for a capacity: see `within_capacity`.
+No token is dropped unless training asks for a capacity: see `sharding.capacity`.
 """
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -11,10 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+import sharding
 from mmx.config import ModelConfig
-from mmx.nn import functional
+from mmx.nn import functional, quantized
 from mmx.nn.layers import GatedMLP, declare
-from pallas_kernels.dispatch import accumulation_dtype
+from sharding import Partition
+
+_AXES = {
+    "gate_proj": ("experts", "embed", "expert_mlp"),
+    "up_proj": ("experts", "embed", "expert_mlp"),
+    "down_proj": ("experts", "expert_mlp", "embed"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -50,9 +56,9 @@ class Router(nnx.Module):
         axes = ("embed", None)  # never split: each device needs every logit
         self.kernel = declare(shape, axes, fan_in=shape[0], fan_out=shape[1], fp32=True)
 
-    def __call__(self, x: Float[Array, "N D"]):
-        """Return weights [N, k] fp32, expert indices [N, k], probabilities and logits [N, E]."""
-        logits = functional.project("nd,de->ne", x.astype(jnp.float32), self.kernel[...])
+    def __call__(self, x: Float[Array, "... D"]):
+        """Return weights [..., k] fp32, experts [..., k], probabilities and logits [..., E]."""
+        logits = functional.project("...d,de->...e", x.astype(jnp.float32), self.kernel[...])
         probabilities = jax.nn.softmax(logits, axis=-1)
         weights, experts = jax.lax.top_k(probabilities, self.num_experts_per_tok)
         return weights / jnp.sum(weights, -1, keepdims=True), experts, probabilities, logits
@@ -64,11 +70,11 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig):
         experts, dim, hidden = config.num_experts, config.embed_dim, config.expert_dim
         self.router = Router(config)
-        shape, axes = (experts, dim, hidden), ("experts", "embed", "expert_mlp")
-        self.gate_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(1,))
-        self.up_proj = declare(shape, axes, fan_in=dim, fan_out=hidden, inputs=(1,))
-        shape, axes = (experts, hidden, dim), ("experts", "expert_mlp", "embed")
-        self.down_proj = declare(shape, axes, fan_in=hidden, fan_out=dim, inputs=(1,))
+        for name, axes in _AXES.items():
+            sizes = {"experts": experts, "embed": dim, "expert_mlp": hidden}
+            shape = tuple(sizes[axis] for axis in axes)
+            kernel = declare(shape, axes, fan_in=shape[1], fan_out=shape[2], inputs=(1,))
+            setattr(self, name, kernel)
         self.has_shared_expert = config.shared_expert_dim > 0
         if self.has_shared_expert:
             self.shared_expert = GatedMLP(dim, config.shared_expert_dim)
@@ -85,6 +91,7 @@ class MoE(nnx.Module):
         implementation: str | None,
         capacity_factor: float | None = None,
         statistics: bool = False,
+        partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Mix the experts of each token.
 
@@ -93,157 +100,74 @@ class MoE(nnx.Module):
           real: where there is a token and not padding.
           keep_logits: return the router's logits.
           implementation: of the grouped matmul.
-          capacity_factor: what `within_capacity` drops; None drops nothing.
+          capacity_factor: see `sharding.capacity.within_capacity`; None drops nothing.
           statistics: also fill in `entropy_sum` and `num_dropped`.
+          partition: of tokens and experts; None for one device.
 
         Returns:
           The output, of the dtype of `x`, and the router's statistics.
         """
-        tokens, is_token = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         with jax.named_scope("router"):
-            weights, experts, probabilities, logits = self.router(tokens)
-        num_experts = probabilities.shape[1]
-        kept = None
-        if capacity_factor is not None:
-            kept = within_capacity(
-                experts, is_token, num_experts=num_experts, capacity_factor=capacity_factor
-            )
+            weights, experts, probabilities, logits = self.router(x)
         with jax.named_scope("experts"):
-            out = self._experts(tokens, weights, experts, kept, implementation)
+            out, kept = self._experts(
+                x, weights, experts, real, implementation, capacity_factor, partition
+            )
         if self.has_shared_expert:
             with jax.named_scope("shared_expert"):
-                wide = tokens.astype(jnp.float32)
+                wide = x.astype(jnp.float32)
                 mix = jax.nn.sigmoid(
-                    functional.project("nd,dc->nc", wide, self.shared_coefficient[...])
+                    functional.project("btd,dc->btc", wide, self.shared_coefficient[...])
                 )
-                out = out * (1 - mix) + self.shared_expert(tokens).astype(jnp.float32) * mix
+                shared = self.shared_expert(x, partition=partition)
+                out = out * (1 - mix) + shared.astype(jnp.float32) * mix
 
-        counted = is_token[:, None].astype(jnp.float32)
-        chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.float32).sum(axis=1)
+        counted = real[..., None].astype(jnp.float32)
+        chosen = jax.nn.one_hot(experts, logits.shape[-1], dtype=jnp.float32).sum(axis=2)
         stats = RouterStats(
-            tokens_per_expert=jnp.sum(chosen * counted, axis=0),
-            probability_sum=jnp.sum(probabilities * counted, axis=0),
+            tokens_per_expert=jnp.sum(chosen * counted, axis=(0, 1)),
+            probability_sum=jnp.sum(probabilities * counted, axis=(0, 1)),
             num_tokens=jnp.sum(counted),
-            logits=logits.reshape(*x.shape[:2], num_experts) if keep_logits else None,
-            entropy_sum=_entropy_sum(logits, is_token) if statistics else None,
-            num_dropped=_num_dropped(kept, is_token) if statistics else None,
+            logits=logits if keep_logits else None,
+            entropy_sum=_entropy_sum(logits, real) if statistics else None,
+            num_dropped=_num_dropped(kept, real) if statistics else None,
         )
-        return out.reshape(x.shape).astype(x.dtype), stats
+        return out.astype(x.dtype), stats
 
-    def _experts(self, tokens, weights, experts, kept, implementation) -> Float[Array, "N D"]:
-        """Sort the tokens by expert, run three grouped products, add up in fp32."""
-        per_token, num_experts = experts.shape[1], self.router.kernel.shape[1]
-        # A choice that is not kept goes past the last group, where the grouped matmul gives 0.
-        flat = (experts if kept is None else jnp.where(kept, experts, num_experts)).reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        place = jnp.argsort(order)
-        group_sizes = jnp.bincount(flat, length=num_experts + 1)[:num_experts]
+    def _experts(self, x, weights, experts, real, implementation, capacity_factor, partition):
+        """Three grouped products over the tokens sorted by expert, added up in fp32."""
 
-        def product(rows, kernel):
-            return functional.project_groups(
-                rows, kernel[...], group_sizes, implementation=implementation
-            )
+        def compute(params, rows, group_sizes):
+            def product(rows, name):
+                return functional.project_groups(
+                    rows, params[name], group_sizes, implementation=implementation
+                )
 
-        rows = _dispatch(per_token, tokens, order, place)
-        hidden = functional.swiglu(product(rows, self.gate_proj), product(rows, self.up_proj))
-        rows = product(hidden, self.down_proj)
-        unsorted = _combine(rows, order, place).reshape(*experts.shape, -1)
-        return _weighted_sum(unsorted, weights)
+            hidden = functional.swiglu(product(rows, "gate_proj"), product(rows, "up_proj"))
+            return product(hidden, "down_proj")
 
-
-# Two gathers by a permutation that is known in both directions: `order[i]` is the choice in sorted
-# row i, `place` its inverse. So their gradients are gathers as well, where autodiff would scatter
-# and add up in bf16.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(
-    per_token: int, tokens: Float[Array, "N D"], order: Int[Array, "M"], place: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """The token of each choice, sorted: row i is token `order[i] // per_token`."""
-    return tokens[order // per_token]
+        params = {name: getattr(self, name)[...] for name in _AXES}
+        return sharding.experts.mixture(
+            x,
+            weights,
+            experts,
+            real,
+            params,
+            param_axes={name: quantized.axes_of(params[name], _AXES[name]) for name in _AXES},
+            compute=compute,
+            num_experts=self.router.kernel.shape[1],
+            partition=partition,
+            capacity_factor=capacity_factor,
+        )
 
 
-def _dispatch_forward(per_token, tokens, order, place):
-    return _dispatch(per_token, tokens, order, place), place
-
-
-def _dispatch_backward(per_token, place, grad):
-    choices = grad[place].reshape(-1, per_token, grad.shape[1])
-    total = jnp.sum(choices, axis=1, dtype=accumulation_dtype(grad.dtype))
-    return total.astype(grad.dtype), None, None
-
-
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-
-
-@jax.custom_vjp
-def _combine(
-    rows: Float[Array, "M D"], order: Int[Array, "M"], place: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """Sorted rows back in the order of the choices: row i is the one at `place[i]`."""
-    return rows[place]
-
-
-def _combine_forward(rows, order, place):
-    return _combine(rows, order, place), order
-
-
-def _combine_backward(order, grad):
-    return grad[order], None, None
-
-
-_combine.defvjp(_combine_forward, _combine_backward)
-
-
-@functional.recomputed
-def _weighted_sum(
-    choices: Float[Array, "N k D"], weights: Float[Array, "N k"]
-) -> Float[Array, "N D"]:
-    return jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1)
-
-
-def within_capacity(
-    experts: Int[Array, "N k"],
-    is_token: Bool[Array, "N"],
-    *,
-    num_experts: int,
-    capacity_factor: float,
-) -> Bool[Array, "N k"]:
-    """Which choices their expert has room for: the rest are dropped in training.
-
-    An expert takes ceil(capacity_factor * k * tokens / E) choices, first choices before second ones
-    and then in the order of the tokens (GShard). Counts are those of the whole micro-batch, however
-    it is spread over devices, which is what the paper's global router achieves (section 2.1; it
-    leaves factor and order open). Padding is never kept and takes no room. A dropped choice adds
-    nothing, and the weights of a token's other choices stay as they are: a token that loses all of
-    them goes on with its residual alone.
-
-    Args:
-      experts: chosen experts, best first.
-      is_token: False for padding.
-      num_experts: E.
-      capacity_factor: 1 is room for perfect balance.
-    """
-    per_token = experts.shape[1]
-    flat = jnp.where(is_token[:, None], experts, num_experts).T.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=num_experts + 1)
-    begins = jnp.cumsum(sizes) - sizes
-    place = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size) - begins[flat[order]])
-    room = capacity_factor * per_token / num_experts * jnp.sum(is_token)
-    # Less a hair, so that rounding in fp32 does not make a whole number of places one more.
-    room = jnp.ceil(room * (1 - 1e-6)).astype(jnp.int32)
-    return ((place < room) & (flat < num_experts)).reshape(per_token, -1).T
-
-
-def _entropy_sum(logits: Float[Array, "N E"], is_token: Bool[Array, "N"]) -> Float[Array, ""]:
+def _entropy_sum(logits: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> Float[Array, ""]:
     logits = jax.lax.stop_gradient(logits)
     mean_logit = jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
-    return jnp.sum(jnp.where(is_token, jax.nn.logsumexp(logits, axis=-1) - mean_logit, 0))
+    return jnp.sum(jnp.where(real, jax.nn.logsumexp(logits, axis=-1) - mean_logit, 0))
 
 
-def _num_dropped(kept: Bool[Array, "N k"] | None, is_token: Bool[Array, "N"]) -> Float[Array, ""]:
+def _num_dropped(kept: Bool[Array, "B T k"] | None, real: Bool[Array, "B T"]) -> Float[Array, ""]:
     if kept is None:
         return jnp.zeros((), jnp.float32)
-    return jnp.sum(is_token[:, None] & ~kept).astype(jnp.float32)
+    return jnp.sum(real[..., None] & ~kept).astype(jnp.float32)

@@ -55,6 +55,14 @@ def quantized(w: Float[Array | np.ndarray, "..."], inputs: tuple[int, ...]) -> I
     return Int8(xp.round(wide * inverse).astype(np.int8), scale)
 
 
+def axes_of(w: Any, axes: tuple[str | None, ...]) -> Any:
+    """The logical axes of a parameter, or of both parts of one in int8."""
+    if not isinstance(w, Int8):
+        return axes
+    sizes = zip(axes, w.scale.shape, strict=True)
+    return Int8(axes, tuple(None if size == 1 else axis for axis, size in sizes))
+
+
 def is_quantized(params: Any) -> bool:
     """Whether any leaf of a tree is held in int8."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8))

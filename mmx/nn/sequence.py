@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Int
 
 from mmx.inference.cache import Cache
 from pallas_kernels.lightning_attention.segments import segment_runs
+from sharding import Partition, constrain
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +46,8 @@ def describe(
     mask: Int[Array, "B T"] | None,
     segment_ids: Int[Array, "B T"] | None,
     cache: Cache | None,
+    *,
+    partition: Partition | None = None,
 ) -> tuple[Sequence, Cache | None]:
     """Describe the new tokens, and advance the bookkeeping of the cache past them.
 
@@ -60,14 +63,20 @@ def describe(
         ids = jnp.ones(shape, jnp.int32)
     if mask is not None:
         ids = jnp.where(mask.astype(bool), ids, 0)
+    # What follows runs along whole rows: every device of a sequence does it for all, of integers.
+    ids = constrain(ids, "batch", None, partition=partition)
 
     real, runs = segment_runs(ids)
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
     begins = real & (jnp.diff(runs, axis=1, prepend=0) != 0)
     before_run = jax.lax.cummax(jnp.where(begins, count - 1, 0), axis=1)
     positions = jnp.maximum(count - 1, 0) - before_run
+
+    def split(values):
+        return constrain(values, "batch", "seq", partition=partition)
+
     if cache is None:
-        return Sequence(ids, positions, None, packed), None
+        return Sequence(split(ids), split(positions), None, packed), None
 
     index = jnp.arange(length)
     first = jnp.min(jnp.where(real, index, length), axis=1)
@@ -86,4 +95,4 @@ def describe(
         segments=jnp.where(some, ids[row, last], cache.segments),
         positions=jnp.where(some, positions[row, last] + 1, cache.positions),
     )
-    return Sequence(ids, positions, continues, packed), advanced
+    return Sequence(split(ids), split(positions), continues, packed), advanced

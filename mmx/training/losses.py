@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx.config import ModelConfig
-from mmx.model import Params, Remat, backbone, check_tokens, unembed
+from mmx.model import Params, Remat, backbone, check_tokens, head_name, param_specs, unembed
 from mmx.nn.block import LayerStats
 from mmx.nn.moe import RouterStats
+from sharding import Partition, constrain, vocabulary
 
 IGNORED_LABEL = -100
 BalanceLoss = Literal["checkpoint", "paper"]
@@ -49,7 +50,8 @@ def cross_entropy(
     logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Mean over the counted positions of -log softmax(logits)[target]; 0 when none is counted."""
-    return _mean(_token_losses(logits, targets, counted)[0], counted)
+    wide, targets = logits.astype(jnp.float32), jnp.where(counted, targets, 0)
+    return _mean(vocabulary.losses_of(wide, targets)[0], counted)
 
 
 def z_loss(logits: Float[Array, "B T vocab"], counted: Bool[Array, "B T"]) -> Float[Array, ""]:
@@ -81,7 +83,7 @@ def paper_balance_loss(stats: RouterStats) -> Float[Array, ""]:
 
 
 def next_token_targets(
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Array], *, partition: Partition | None = None
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """What each position should predict, and whether it counts.
 
@@ -89,8 +91,11 @@ def next_token_targets(
     not count where that label is -100, where either token is padding, across a border between
     packed samples, or at the last position.
     """
-    tokens = batch["tokens"]
-    labels = batch.get("labels", tokens)
+    # Neighbours may lie on other devices: each has whole rows for this.
+    batch = {
+        name: constrain(array, "batch", None, partition=partition) for name, array in batch.items()
+    }
+    labels = batch.get("labels", batch["tokens"])
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
     counted = targets != IGNORED_LABEL
     for key in ("mask", "segment_ids"):
@@ -98,6 +103,9 @@ def next_token_targets(
         if ids is not None:
             following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
             counted &= (ids == following) & (ids != 0)
+    targets, counted = (
+        constrain(array, "batch", "seq", partition=partition) for array in (targets, counted)
+    )
     return targets, counted
 
 
@@ -113,6 +121,7 @@ def loss(
     implementation: str | None = None,
     capacity_factor: float | None = None,
     loss_blocks: int | None = None,
+    partition: Partition | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Next-token loss of a batch: cross entropy + balance loss + z-loss, each with its coefficient.
 
@@ -124,9 +133,9 @@ def loss(
       balance_loss: 'checkpoint' or 'paper', see the functions of this module.
       balance_coef: its coefficient; `config.router_aux_loss_coef` when None.
       z_loss_coef: coefficient of the z-loss.
-      remat, implementation: as for `mmx.forward`.
+      remat, implementation, partition: as for `mmx.forward`.
       capacity_factor: room of each expert, 1 being perfect balance; None drops nothing
-        (`mmx.nn.moe.within_capacity`).
+        (`sharding.capacity.within_capacity`).
       loss_blocks: cut the sequence into so many blocks of which only one has logits at a time; None
         chooses by the size of the logits. Changes memory, not results.
 
@@ -149,6 +158,7 @@ def loss(
         capacity_factor=capacity_factor,
         loss_blocks=loss_blocks,
         statistics=False,
+        partition=partition,
     )
     names = ("cross_entropy", "balance_loss", "z_loss", "num_targets")
     return total, {name: getattr(parts, name) for name in names}
@@ -167,6 +177,7 @@ def loss_parts(
     capacity_factor: float | None = None,
     loss_blocks: int | None = None,
     statistics: bool = True,
+    partition: Partition | None = None,
 ) -> tuple[Float[Array, ""], LossParts]:
     """`loss` with everything it knows: losses of single tokens and statistics of the layers."""
     forms = {"checkpoint": checkpoint_balance_loss, "paper": paper_balance_loss}
@@ -183,10 +194,11 @@ def loss_parts(
         implementation=implementation,
         capacity_factor=capacity_factor,
         statistics=statistics,
+        partition=partition,
     )
-    targets, counted = next_token_targets(batch)
+    targets, counted = next_token_targets(batch, partition=partition)
     token_losses, log_totals = blockwise_token_losses(
-        params, x, targets, counted, config, blocks=loss_blocks
+        params, x, targets, counted, config, blocks=loss_blocks, partition=partition
     )
     parts = LossParts(
         cross_entropy=_mean(token_losses, counted),
@@ -226,64 +238,44 @@ def blockwise_token_losses(
     config: ModelConfig,
     *,
     blocks: int | None = None,
+    partition: Partition | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """-log softmax(logits)[target] and logsumexp(logits) of each token, one block at a time.
 
     The backward pass computes the logits of a block again, so that fp32 logits are never there for
-    more than one: at 200k words those of 8K tokens are 6.5 GB.
+    more than one: at 200k words those of 8K tokens are 6.5 GB. See `sharding.vocabulary`.
 
     Args:
       params: of the model; only the head is read (the embedding when the two are tied).
       x: activations after the final norm.
       targets, counted: from `next_token_targets`. Losses mean nothing where not counted.
       config: of the model.
-      blocks: how many; None takes as few as keep a block's logits below half a gigabyte.
+      blocks: how many; None takes as few as keep a block's logits below half a gigabyte a device.
+      partition: of tokens and vocabulary; None for one device.
 
     Raises:
-      ValueError: blocks below 1.
+      ValueError: blocks below 1, or sizes that the devices cannot share evenly.
     """
     batch, length = targets.shape
     if blocks is None:
         logit_bytes = 4 * batch * length * config.vocab_size
+        if partition is not None:
+            logit_bytes //= partition.devices_of("batch", "seq", "vocab")
+            length //= partition.devices_of("seq")
         blocks = min(math.ceil(logit_bytes / _BLOCK_BYTES), math.ceil(length / _BLOCK_TOKENS))
     if blocks < 1:
         raise ValueError(f"loss_blocks is {blocks}; it must be at least 1, or None")
-    if blocks == 1:
-        return _token_losses(unembed(params, x, config), targets, counted)
-    name = "embed" if config.tie_embeddings else "head"
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params[name])
-    # The gradient of the head is a sum over the blocks: in fp32, then rounded once.
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params[name])
-
-    def block(inputs):
-        x, targets, counted = inputs
-        head = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
-        return _token_losses(unembed({name: head}, x, config), targets, counted)
-
-    size = -(-length // blocks)
-
-    def cut(array):
-        # Block n takes every `blocks`-th token from n on: where the sequence is spread over
-        # devices, each of them then has its share of every block.
-        pad = ((0, 0), (0, size * blocks - length)) + ((0, 0),) * (array.ndim - 2)
-        shape = (batch, size, blocks, *array.shape[2:])
-        return jnp.moveaxis(jnp.pad(array, pad).reshape(shape), 2, 0)
-
-    inputs = (cut(x), cut(targets), cut(counted))
-    outputs = jax.lax.map(jax.checkpoint(block, prevent_cse=False), inputs)
-    token_losses, log_totals = (
-        jnp.moveaxis(values, 0, 2).reshape(batch, -1)[:, :length] for values in outputs
+    name = head_name(config)
+    return vocabulary.token_losses(
+        x,
+        params[name],
+        jnp.where(counted, targets, 0),
+        logits=lambda head, x: unembed({name: head}, x, config),
+        head_axes=jax.tree.map(lambda spec: spec.axes, param_specs(config)[name]),
+        vocab_size=config.vocab_size,
+        blocks=blocks,
+        partition=partition,
     )
-    return token_losses, log_totals
-
-
-def _token_losses(
-    logits: Float[Array, "B T vocab"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    logits = logits.astype(jnp.float32)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
-    return log_total - chosen[..., 0], log_total
 
 
 def _mean(values: Float[Array, "B T"], counted: Bool[Array, "B T"]) -> Float[Array, ""]:
