@@ -38,7 +38,9 @@ def case(devices, dtype, queries=4):
         for n in range(-(-length // SLOTS)):
             table[row, n] = free[n % devices].pop()
             held = min(SLOTS, length - n * SLOTS)
-            pages[:, :, table[row, n], :held] = rng.standard_normal((2, LAYERS, held, KV_HEADS, DIM))
+            pages[:, :, table[row, n], :held] = rng.standard_normal(
+                (2, LAYERS, held, KV_HEADS, DIM)
+            )
     q, k, v = (
         jnp.asarray(rng.standard_normal((len(LENGTHS), 4, heads, DIM))[:, -queries:], dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS)

@@ -81,7 +81,8 @@ def paged_attention(
     if heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
     dispatch.require_floating(name, q=q)
-    dispatch.require_one_dtype(name, key_pages=key_pages, value_pages=value_pages)
+    if not key_pages.dtype == value_pages.dtype == jnp.float8_e4m3fn:
+        dispatch.require_one_dtype(name, key_pages=key_pages, value_pages=value_pages)
     narrow = (jnp.bfloat16, jnp.float8_e4m3fn)
     if key_pages.dtype not in (q.dtype, *narrow):
         wanted = " or ".join(dict.fromkeys((str(q.dtype), *(str(jnp.dtype(x)) for x in narrow))))
