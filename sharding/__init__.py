@@ -9,6 +9,7 @@ runs on the shards of each device is `attention` (`lasp` and `ring` where the se
 from sharding import attention as attention
 from sharding import experts as experts
 from sharding import lasp as lasp
+from sharding import paged as paged
 from sharding import ring as ring
 from sharding import rules as rules
 from sharding import vocabulary as vocabulary

@@ -29,6 +29,7 @@ class Rules:
       embed: of weights that are no expert's.
       expert_embed: 'embed' of an array that also has 'experts'.
       activation_embed: 'embed' of an array that also has 'batch' or 'seq'.
+      pages: of keys and values (`sharding.paged`).
     """
 
     name: str
@@ -45,6 +46,7 @@ class Rules:
     expert_mlp: Axes = ()
     vocab: Axes = ()
     layers: Axes = ()
+    pages: Axes = ()
 
 
 LOGICAL_AXES = tuple(field.name for field in dataclasses.fields(Rules) if field.name != "name")
@@ -75,7 +77,8 @@ EXPERT = dataclasses.replace(
 LONG_CONTEXT = dataclasses.replace(
     EXPERT, name="long_context", batch=("data", "fsdp"), seq=("expert", "seq")
 )
-# Parameters stay where they are used. The devices of `expert` share each other layer's products.
+# Parameters stay where they are used. The devices of `expert` share each other layer's products;
+# those of `seq` share keys and values of long contexts alone.
 SERVING = Rules(
     "serving",
     batch=("data", "fsdp"),
@@ -85,6 +88,7 @@ SERVING = Rules(
     experts=("expert",),
     expert_mlp=("tensor",),
     vocab=("expert", "tensor"),
+    pages=("seq",),
 )
 
 

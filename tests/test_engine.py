@@ -13,7 +13,7 @@ from random_models import random_params, random_tokens, small_config
 from tokenizers import Tokenizer, decoders, models
 
 import mmx
-from mmx.inference import decoding
+from mmx.inference import decoding, sizes, snapshots
 from mmx.inference.decoding import PADDED, chunk_size
 from mmx.inference.engine import Engine
 from mmx.inference.pool import PoolShape, init_pool
@@ -41,6 +41,15 @@ class Poisoned(Engine):
             return freed
 
         self.pages.give = poisoning
+        evict = self.snapshots.evict
+
+        def evicting(spare=None):
+            done = evict(spare)
+            free = self.snapshots._free
+            self.snapshots.states = spoil(self.snapshots.states, free)
+            return done
+
+        self.snapshots.evict = evicting
 
     def _release(self, request):
         row = request.row
@@ -97,10 +106,20 @@ def requests(number, seed):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Requests, and what each gives in an engine of its own."""
-    made = requests(24, 1)
-    engine = make()
-    return [(p, s, engine.generate([p], s)[0].tokens) for p, s in made]
+    """Requests, and what each gives in an engine of its own; every third stops at one of its ids.
+
+    One that ends where nobody could have known is looked at while others need its pages.
+    """
+    engine = make(snapshots=0)
+    made = []
+    for index, (prompt, sampling) in enumerate(requests(24, 1)):
+        tokens = engine.generate([prompt], sampling)[0].tokens
+        if index % 3 == 2:
+            stop = tokens[len(tokens) // 2]
+            sampling = dataclasses.replace(sampling, stop_ids=(stop,))
+            tokens = tokens[: tokens.index(stop) + 1]
+        made.append((prompt, sampling, tokens))
+    return made
 
 
 def run_schedule(engine, alone, chance):
@@ -124,9 +143,18 @@ def run_schedule(engine, alone, chance):
 
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.slow
-def test_random_schedules(alone, part):
-    """250 each; pages for about two of the sequences, so that rows are sent away and come back."""
-    engine = make(Poisoned, decode_steps=2)
+def test_random_schedules(alone, monkeypatch, part):
+    """250 each; pages for about two of the sequences, so that rows are sent away and come back.
+
+    In the odd parts prompts share their beginnings, which are kept; two of them, and evicted.
+    """
+    known, options = alone, {}
+    if part % 2:
+        for module in (decoding, snapshots, sizes):
+            monkeypatch.setattr(module, "PADDED", (8, 16, 32))  # steps short enough for prompts
+        options = dict(chunk=32, snapshots=2)
+        known = sharing_beginnings(alone)
+    engine = make(Poisoned, decode_steps=2, **options)
     engine.pages.take(6)  # of 16
     chance = random.Random(part)
     away = 0
@@ -139,16 +167,33 @@ def test_random_schedules(alone, part):
 
     engine._send_away = count
     for _ in range(250):
-        got, cancelled = run_schedule(engine, alone, chance)
+        got, cancelled = run_schedule(engine, known, chance)
         for index, tokens in got.items():
-            whole = alone[index][2]
+            whole = known[index][2]
             if index in cancelled:
                 assert tuple(tokens) == whole[: len(tokens)]
             else:
                 assert tuple(tokens) == whole
-        assert engine.pages.free == 10
+        assert engine.pages.free + held_by_prefixes(engine) == 10
         assert engine._free_rows == list(range(4))
     assert away >= 10, "hardly anybody was sent away"
+    if part % 2:
+        assert engine.snapshots.hits >= 100, "hardly any prefix was of use"
+
+
+def sharing_beginnings(alone):
+    """The requests behind two beginnings of 32 and 64 tokens, and what each gives by itself."""
+    documents = random_tokens(CONFIG, (2, 64), 7)
+    engine = make(chunk=32, snapshots=0)
+    made = []
+    for index, (prompt, sampling, _) in enumerate(alone[:12]):
+        prompt = [*documents[index % 2, : 32 * (1 + index // 2 % 2)].tolist(), *prompt[:20]]
+        made.append((prompt, sampling, engine.generate([prompt], sampling)[0].tokens))
+    return made
+
+
+def held_by_prefixes(engine):
+    return len({page for kept in engine.snapshots._kept.values() for page in kept.pages})
 
 
 @pytest.fixture
@@ -233,7 +278,7 @@ def test_padding_changes_no_more_than_rounding():
 
 
 def test_chunks_are_few_and_cover_the_prompt():
-    sizes = set()
+    used = set()
     for length in range(1, 5000, 7):
         left, begun = length, 0
         while left:
@@ -241,9 +286,24 @@ def test_chunks_are_few_and_cover_the_prompt():
             assert begun % 256 == 0
             assert size <= 2048
             assert size >= left or size >= 256
-            sizes.add(size)
+            used.add(size)
             begun, left = begun + min(size, left), left - min(size, left)
-    assert sizes == {*PADDED, 512, 1024, 2048}
+    assert used == {*PADDED, 512, 1024, 2048}
+
+
+def test_the_padded_length_is_a_matter_of_the_prompt_alone():
+    """Whatever is read at once and wherever a kept prefix ends: its bits are the prompt's."""
+    for length in (*range(1, 1100, 5), 256, 512, 768):
+        last = set()
+        for chunk in (256, 512, 2048):
+            for begun in range(0, length, 256):
+                left = length - begun
+                while left:
+                    size = chunk_size(left, chunk)
+                    left, end = left - min(size, left), (size, min(size, left))
+                # Of a whole chunk it is of no account how much was read with it.
+                last.add(end if end[1] % 256 else "whole")
+        assert len(last) == 1, length
 
 
 # ---------------------------------------------------------------- log-probabilities and text
@@ -381,6 +441,18 @@ def test_bad_requests_are_refused_and_the_engine_lives_on(alone, prompt, options
     assert engine.idle
     prompt, sampling, tokens = alone[1]
     assert engine.generate([prompt], sampling)[0].tokens == tokens
+
+
+def test_a_request_as_long_as_all_pages_is_served(alone):
+    """With pages for less than a row can have: it must not wait for more than there are."""
+    engine = make(pages=3)
+    assert (engine.max_seq_len, engine.row_pages) == (48, 16)
+    prompt = (alone[0][0] * 48)[:46]
+    engine.submit(prompt, Sampling(max_new_tokens=2))
+    events = [event for _ in range(6) for event in engine.step()]
+    assert [event.finish_reason for event in events] == [None, "length"]
+    with pytest.raises(ValueError, match="49 tokens; there is room for 48 together"):
+        engine.submit(prompt, Sampling(max_new_tokens=3))
 
 
 def test_bad_engines_are_refused():

@@ -71,11 +71,12 @@ POSITIONS = [
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
-    ("slots", "dtype", "page_dtype"),  # blocks of 16, 15 and 24 keys
+    ("slots", "dtype", "page_dtype"),  # blocks of 16, 15, 24 and 16 keys
     [
         (4, jnp.float32, jnp.float32),
         (5, jnp.bfloat16, jnp.bfloat16),
         (24, jnp.float32, jnp.bfloat16),
+        (4, jnp.float32, jnp.float8_e4m3fn),
     ],
 )
 def test_equals_the_definition(monkeypatch, implementation, slots, dtype, page_dtype):
@@ -256,7 +257,10 @@ BAD = [
     (dict(q=jnp.ones((2, 3, 3, 8))), "3 query heads are no multiple of 2 key heads"),
     (dict(q=jnp.ones((2, 3, 4, 8), int)), "q has dtype int32"),
     (dict(value_pages=jnp.ones((5, 16, 2, 8), jnp.bfloat16)), "dtypes disagree .*bfloat16"),
-    (BF16_Q, "key_pages has dtype float32; q's is bfloat16, so it must be bfloat16"),
+    (
+        BF16_Q,
+        "key_pages has dtype float32; q's is bfloat16, so it must be bfloat16 or float8_e4m3fn",
+    ),
     (NO_PAGES, r"key_pages has shape \(0, 16, 2, 8\); no axis may be empty"),
     (dict(implementation="vllm"), "unknown implementation 'vllm'; choose None or one of .*'xla'"),
 ]

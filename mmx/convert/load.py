@@ -1,7 +1,5 @@
 """`mmx.load`: a checkpoint folder of any form -> (config, parameters)."""
 
-import functools
-import math
 import os
 import warnings
 from pathlib import Path
@@ -13,16 +11,11 @@ import numpy as np
 
 from mmx.config import ModelConfig
 from mmx.convert import mapping
-from mmx.convert.mapping import Entry
-from mmx.convert.source import Source, is_run, open_source, read_config
-from mmx.convert.transposing import to_contiguous
+from mmx.convert.leaves import Leaf, read_leaf, stored_dtype
+from mmx.convert.source import is_run, open_source, read_config
 from mmx.model import Params, param_specs
-from mmx.nn.layers import ParamSpec
-from mmx.nn.quantized import Int8, quantized
-
-_ALIGNMENT = 64  # bytes; XLA takes a host buffer over without a copy when it is aligned
-# fp16 has no room for the activations of these models.
-_HELD = {np.dtype(np.float16): np.dtype(np.float32)}
+from mmx.nn.quantized import Int8
+from sharding import Partition
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -46,6 +39,7 @@ def load(
     *,
     dtype: Any | None = None,
     weights: Literal["int8"] | None = None,
+    partition: Partition | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Load a checkpoint: of Hugging Face in either layout, converted to Orbax, or a training run.
 
@@ -59,19 +53,22 @@ def load(
       dtype: of the parameters; None keeps what is stored. Router weights become fp32 always.
       weights: 'int8' for inference: matrices of attention and experts are quantised as they are
         read, from what is stored (`mmx.inference.quantize`); `dtype` is then of the rest.
+      partition: a mesh and rules by which the parameters are spread as they are read: each device's
+        share is read for it, and the host holds one share and a piece. None is the default device.
 
     Returns:
       The config, and the parameters as one nested dict of arrays.
 
     Raises:
       ValueError: a missing or truncated shard, a missing or unexpected tensor, a wrong shape or
-        dtype, a config that is not supported. The message names file, key and remedy.
+        dtype, a config that is not supported. The message names file, key and remedy. Or a
+        parameter that the devices cannot share evenly.
     """
     folder = Path(path)
     if weights not in (None, "int8"):
         raise ValueError(f"weights is {weights!r}; it must be 'int8', or None for those stored")
     wanted = None if dtype is None else _float_dtype(dtype)
-    if is_run(folder) and weights is None:
+    if is_run(folder) and weights is None and partition is None:
         from mmx.training.runs import load_run
 
         return load_run(folder, dtype=wanted)
@@ -88,10 +85,10 @@ def load(
     for name, group in source.by_path.items():
         spec = mapping.find(specs, name)
         assert spec is not None
-        if weights == "int8" and spec.inputs:
-            leaves[name] = _read_int8(source, group, spec)
-        else:
-            leaves[name] = _read_leaf(source, group, spec, wanted)
+        held = np.dtype(np.float32) if spec.fp32 else wanted or stored_dtype(source, group)
+        in_int8 = weights == "int8" and spec.inputs
+        leaf = Leaf(name, spec, None if in_int8 else held, source, group)
+        leaves[name] = read_leaf(leaf, partition)
     return source.config, _nest(leaves)
 
 
@@ -100,43 +97,6 @@ def _float_dtype(dtype: Any) -> np.dtype:
     if resolved not in (jnp.float32, jnp.bfloat16, jnp.float64):
         raise ValueError(f"dtype is {resolved}; it must be float32 or bfloat16")
     return resolved
-
-
-def _read_leaf(
-    source: Source, group: list[Entry], spec: ParamSpec, wanted: np.dtype | None
-) -> jax.Array:
-    # One array holds all layers: of several stored dtypes it takes the wider.
-    kinds = [_HELD.get(source.dtype(entry), source.dtype(entry)) for entry in group]
-    stored = jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, kinds))
-    dtype = np.dtype(np.float32) if spec.fp32 else wanted or stored
-    buffer = _aligned(spec.shape, dtype)
-    for entry in group:
-        for rows in source.pieces(entry):
-            region = buffer[(*entry.index, *entry.region(rows))]
-            part = source.read(entry, (rows,))
-            region[...] = entry.to_param(part, region.shape).astype(dtype, copy=False)
-    return jnp.asarray(buffer)
-
-
-def _read_int8(source: Source, group: list[Entry], spec: ParamSpec) -> Int8:
-    ones = (1 if axis in spec.inputs else size for axis, size in enumerate(spec.shape))
-    values = _aligned(spec.shape, np.dtype(np.int8))
-    scale = _aligned(tuple(ones), np.dtype(np.float32))
-    for entry in group:
-        for rows in source.pieces(entry):
-            # A stored row is an output channel with all its inputs, so a piece stands for itself.
-            piece = quantized(source.read(entry, (rows,)), (1,))
-            for buffer, part in ((values, piece.values), (scale, piece.scale)):
-                region = buffer[(*entry.index, *entry.region(rows))]
-                region[...] = to_contiguous(entry.to_param(part, region.shape))
-    return Int8(jnp.asarray(values), jnp.asarray(scale))
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _nest(leaves: dict[str, jax.Array | Int8]) -> Params:

@@ -14,20 +14,21 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from mmx.config import ModelConfig
-from mmx.inference.decoding import PADDED, chunk_size, decode, prefill
+from mmx.inference.decoding import chunk_size, decode, place, prefill
 from mmx.inference.live import Live
 from mmx.inference.page_store import PageStore
-from mmx.inference.pool import Pool, PoolShape, RowMemory, init_pool, put_back, take_out
+from mmx.inference.pool import Pool, RowMemory, init_pool, put_back, take_out
 from mmx.inference.requests import (
     Event,
     FinishReason,
     Result,
     Sampling,
-    TokenLogprob,
     check_prompt,
+    result_of,
 )
 from mmx.inference.rows import (
     MAX_STOP_IDS,
@@ -39,9 +40,11 @@ from mmx.inference.rows import (
     set_pages,
     set_row,
 )
+from mmx.inference.sizes import sizes_of
 from mmx.inference.snapshots import Snapshots
 from mmx.inference.text import TextStream
 from mmx.model import Params
+from sharding import Partition
 
 
 class Engine:
@@ -56,13 +59,15 @@ class Engine:
       page_size: tokens a page.
       chunk: tokens of a prompt that are read at once, a power of two of at least 256.
       decode_steps: steps of a dispatch; more cost less a token and make newcomers wait longer.
-      kv_dtype: of keys and values; that of the embedding when None, bf16 or float8_e4m3fn less.
+      kv_dtype: of keys and values; that of the embedding when None. bf16 or float8_e4m3fn take less
+        memory; in fp8 a key or value is off by at most 1/16 of itself.
       snapshots: prefixes of prompts that are kept for later ones; see `Snapshots`.
       tokenizer: turns tokens into text; without one there is neither text nor stop strings.
       implementation: of the kernels.
+      partition: spreads parameters, heads and pages over devices (`sharding.rules.SERVING`).
 
     Raises:
-      ValueError: numbers that do not fit.
+      ValueError: numbers that do not fit, or sizes that the devices cannot share evenly.
     """
 
     def __init__(
@@ -80,28 +85,26 @@ class Engine:
         snapshots: int = 8,
         tokenizer: Tokenizer | None = None,
         implementation: str | None = None,
+        partition: Partition | None = None,
     ):
-        self.config, self.params, self.implementation = config, params, implementation
-        self.tokenizer = tokenizer
-        asked = dict(rows=rows, pages=pages, page_size=page_size, decode_steps=decode_steps)
-        for name, value in asked.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if snapshots < 0:
-            raise ValueError(f"snapshots is {snapshots}; it must be 0 or more")
-        longest = min(max_seq_len or config.max_seq_len, config.max_seq_len)
-        self.row_pages = -(-longest // page_size)
-        if pages is None:
-            pages = max(self.row_pages, -(-rows * 4096 // page_size))
-        if chunk < PADDED[-1] or chunk & (chunk - 1):
-            raise ValueError(f"chunk is {chunk}; it must be a power of two of at least 256")
-        self.max_seq_len = min(longest, pages * page_size)
-        self.chunk, self.decode_steps = chunk, decode_steps
-        dtype = jnp.dtype(kv_dtype or params["embed"]["embedding"].dtype)
-        self.pool: Pool = init_pool(config, PoolShape(rows, pages, page_size, dtype))
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        sizes = sizes_of(
+            config, params["embed"]["embedding"].dtype, rows=rows, pages=pages,
+            max_seq_len=max_seq_len, page_size=page_size, chunk=chunk, decode_steps=decode_steps,
+            kv_dtype=kv_dtype, snapshots=snapshots, partition=partition,
+        )  # fmt: skip
+        self.sizes, self.row_pages, self.max_seq_len = sizes, sizes.row_pages, sizes.max_seq_len
+        self.decode_steps = decode_steps
+        self._how = dict(config=config, implementation=implementation, partition=partition)
+        self.pool: Pool = init_pool(config, sizes.pool, partition)
         self.rows = empty_rows(config, rows, self.row_pages)
-        self.pages = PageStore(pages)
-        self.snapshots = Snapshots(config, snapshots, self.pages, page_size, dtype.itemsize)
+        if partition is not None:
+            self.params = place(params, config, partition)
+            self.rows = jax.device_put(self.rows, NamedSharding(partition.mesh, PartitionSpec()))
+        self.pages = PageStore(sizes.pages, sizes.page_devices)
+        self.snapshots = Snapshots(
+            config, snapshots, self.pages, page_size, sizes.kv_dtype.itemsize, partition
+        )
         self._free_rows = list(range(rows))
         self._numbers = itertools.count()
         self._waiting: deque[Live] = deque()
@@ -213,15 +216,7 @@ class Engine:
             if event.error:
                 raise ValueError(event.error)
             got[index].append(event)
-        return [self._result(events) for events in got]
-
-    def _result(self, events: list[Event]) -> Result:
-        tokens = tuple(e.token for e in events if e.token is not None)
-        logprobs: tuple[TokenLogprob, ...] = tuple(e.logprob for e in events if e.logprob)
-        reason = events[-1].finish_reason
-        assert reason is not None
-        text = None if self.tokenizer is None else "".join(e.text for e in events)
-        return Result(tokens, logprobs or None, reason, text)
+        return [result_of(events, text=self.tokenizer is not None) for events in got]
 
     # ------------------------------------------------------------ rows and pages
 
@@ -236,9 +231,11 @@ class Engine:
                 if prefix is not None:
                     self.pages.share(prefix.pages)
                     request.pages = list(prefix.pages)
-            # Room for what is known, and a page to grow: or it would be sent away at once.
+            # Room for what is known and to grow: or it would be sent away at once. No more than it
+            # can come to: there may be no more at all, and it would wait for ever.
             known = request.reach if queue is self._away else request.prompt.size
-            while not self._take_pages(request, known + self.decode_steps):
+            wanted = min(known + self.decode_steps, request.longest)
+            while not self._take_pages(request, wanted):
                 if not self.snapshots.evict(spare=prefix):
                     self.pages.give(request.pages)
                     request.pages = []
@@ -257,7 +254,7 @@ class Engine:
     def _take_pages(self, request: Live, tokens: int) -> bool:
         """Give a request the pages for so many tokens; False, and nothing, where they are short."""
         wanted = min(-(-tokens // self.pool.page_size), self.row_pages) - len(request.pages)
-        taken = self.pages.take(max(wanted, 0))
+        taken = self.pages.take(max(wanted, 0), len(request.pages))
         request.pages += taken or []
         return taken is not None
 
@@ -270,9 +267,8 @@ class Engine:
             if not request.decodes:
                 continue
             had = len(request.pages)
-            last = request.prompt.size + request.sampling.max_new_tokens
             while request.decodes and not self._take_pages(
-                request, min(request.reach + self.decode_steps, last)
+                request, min(request.reach + self.decode_steps, request.longest)
             ):
                 if self.snapshots.evict():
                     continue
@@ -343,7 +339,7 @@ class Engine:
     def _read(self, request: Live) -> None:
         """Send off the next chunk of a prompt; with the last one, the choice of a first token."""
         left = request.prompt.size - request.read
-        size = chunk_size(left, self.chunk)
+        size = chunk_size(left, self.sizes.chunk)
         count = min(size, left)
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.prompt[request.read : request.read + count]
@@ -355,8 +351,7 @@ class Engine:
             np.int32(request.row),
             self._page_row(request),
             np.int32(request.read),
-            config=self.config,
-            implementation=self.implementation,
+            **self._how,
         )
         request.read += count
         self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
@@ -377,12 +372,7 @@ class Engine:
         if not ours:
             return False
         self.pool, self.rows, chosen = decode(
-            self.params,
-            self.pool,
-            self.rows,
-            config=self.config,
-            steps=self.decode_steps,
-            implementation=self.implementation,
+            self.params, self.pool, self.rows, steps=self.decode_steps, **self._how
         )
         for request in ours:
             most = request.sampling.max_new_tokens

@@ -50,8 +50,17 @@ class Live:
 
     @property
     def decodes(self) -> bool:
-        """Whether more tokens are to be asked for."""
-        return self.state == "running" and self.issued < self.sampling.max_new_tokens
+        """Whether more tokens are to be asked for; never of one that has ended."""
+        return (
+            self.reason is None
+            and self.state == "running"
+            and self.issued < self.sampling.max_new_tokens
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens it can come to, prompt and output."""
+        return self.prompt.size + self.sampling.max_new_tokens
 
     def event(self, chosen: Chosen, step: int, column: int) -> Event:
         """The token of a step and column, and whether it ends the request."""

@@ -6,16 +6,21 @@ says it is. The programs it asks the compiler for are the ones the engine runs, 
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmx.config import ModelConfig
-from mmx.inference.decoding import decode, prefill
-from mmx.inference.pool import PoolShape, empty_states, init_pool
+from mmx.inference.decoding import decode, param_axes, prefill
+from mmx.inference.pool import POOL, PoolShape, empty_states, init_pool
 from mmx.inference.rows import empty_rows
+from mmx.inference.sizes import sizes_of
 from mmx.model import Params
+from sharding import Partition, named
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,29 @@ def plan_memory(
     chunk: int,
     decode_steps: int,
     implementation: str | None = None,
+    partition: Partition | None = None,
 ) -> MemoryPlan:
-    """What an `Engine` with these numbers takes; see there.
+    """What an `Engine` with these numbers takes; see there, and `plan_engine`.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`s in their place.
       shape: rows and pages.
       row_pages: pages a row can have.
-
-    The compiler's answer is for jax's default device.
+      partition: bytes are then those of one of its devices; else of jax's default device.
     """
     params = jax.tree.map(_abstract, params)
     pool = jax.eval_shape(lambda: init_pool(config, shape))
     rows = jax.eval_shape(lambda: empty_rows(config, shape.rows, row_pages))
     prefixes = jax.eval_shape(lambda: empty_states(config, snapshots))
+    if partition is not None:
+        params = _spread(params, named(params, param_axes(params, config), partition))
+        pool = _spread(pool, named(pool, POOL, partition))
+        rows = _spread(rows, jax.tree.map(lambda _: NamedSharding(partition.mesh, P()), rows))
+        wanted = partition.sharding(POOL.lightning_states, prefixes.shape)  # pyright: ignore
+        prefixes = _spread(prefixes, wanted)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     tokens, page_row = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (chunk, row_pages))
-    common = dict(config=config, implementation=implementation)
+    common = dict(config=config, implementation=implementation, partition=partition)
     programs = (
         prefill.lower(params, pool, tokens, number, number, page_row, number, **common),
         decode.lower(params, pool, rows, steps=decode_steps, **common),
@@ -85,7 +96,40 @@ def plan_memory(
         pages=_bytes((pool.key_pages, pool.value_pages)),
         prefixes=_bytes(prefixes),
         batch=_bytes(rows),
-        work=max(_work(program.compile()) for program in programs),
+        work=max(_work(program) for program in programs),
+    )
+
+
+def plan_engine(
+    config: ModelConfig,
+    params: Params,
+    *,
+    implementation: str | None = None,
+    partition: Partition | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """What `Engine(config, params, **options)` will take, before there is any.
+
+    Args:
+      params: arrays, or `jax.ShapeDtypeStruct`s in their place.
+      options: those of an `Engine` that have a say: rows, pages, max_seq_len, page_size, chunk,
+        decode_steps, kv_dtype, snapshots.
+
+    Raises:
+      ValueError: as `Engine` does.
+    """
+    activations = params["embed"]["embedding"].dtype
+    sizes = sizes_of(config, activations, partition=partition, **options)
+    return plan_memory(
+        config,
+        params,
+        sizes.pool,
+        row_pages=sizes.row_pages,
+        snapshots=sizes.snapshots,
+        chunk=sizes.chunk,
+        decode_steps=sizes.decode_steps,
+        implementation=implementation,
+        partition=partition,
     )
 
 
@@ -117,6 +161,12 @@ def _abstract(x) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def _spread(tree, shardings):
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    )
+
+
 def _bytes(tree) -> int:
     """Of the largest share that any device has."""
     total = 0
@@ -126,9 +176,9 @@ def _bytes(tree) -> int:
     return total
 
 
-def _work(compiled: jax.stages.Compiled) -> int:
-    """What a program needs beside its arguments."""
-    stats = compiled.memory_analysis()
+def _work(program: jax.stages.Lowered) -> int:
+    """What a program needs beside its arguments, as its compiler says."""
+    stats = program.compile().memory_analysis()
     if stats is None:
         return 0
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 from mmx.config import ModelConfig
 from mmx.inference.cache import kv_bytes_per_token, state_bytes
+from sharding import Partition, constrain
+from sharding.paged import PAGES
 
 
 @jax.tree_util.register_dataclass
@@ -50,15 +52,27 @@ class PoolShape:
     dtype: jnp.dtype
 
 
-def init_pool(config: ModelConfig, shape: PoolShape) -> Pool:
-    """An empty pool."""
+POOL = Pool(  # logical axes
+    lightning_states=(None, None, "heads", None, None),  # pyright: ignore[reportArgumentType]
+    key_pages=PAGES,  # pyright: ignore[reportArgumentType]
+    value_pages=PAGES,  # pyright: ignore[reportArgumentType]
+)
+
+
+def init_pool(config: ModelConfig, shape: PoolShape, partition: Partition | None = None) -> Pool:
+    """An empty pool, on the default device or spread over those of a partition."""
     softmax = config.layer_kinds.count("softmax")
     kv_shape = (softmax, shape.pages, shape.page_size, config.num_kv_heads, config.head_dim)
     return Pool(
-        lightning_states=empty_states(config, shape.rows),
-        key_pages=jnp.zeros(kv_shape, shape.dtype),
-        value_pages=jnp.zeros(kv_shape, shape.dtype),
+        lightning_states=empty_states(config, shape.rows, partition),
+        key_pages=_zeros(kv_shape, shape.dtype, PAGES, partition),
+        value_pages=_zeros(kv_shape, shape.dtype, PAGES, partition),
     )
+
+
+def spread(pool: Pool, partition: Partition | None) -> Pool:
+    """Inside a program: the pool where it is kept between programs."""
+    return jax.tree.map(lambda x, axes: constrain(x, *axes, partition=partition), pool, POOL)
 
 
 def pool_bytes(config: ModelConfig, shape: PoolShape) -> int:
@@ -103,11 +117,19 @@ def put_back(pool: Pool, memory: RowMemory, row, pages) -> Pool:
     )
 
 
-def empty_states(config: ModelConfig, slots: int) -> Float[Array, "Ll slots H K V"]:
-    """Room for the lightning states of so many prefixes."""
+def empty_states(
+    config: ModelConfig, slots: int, partition: Partition | None = None
+) -> Float[Array, "Ll slots H K V"]:
+    """Room for the lightning states of so many rows or prefixes."""
     lightning = config.layer_kinds.count("lightning")
     heads, dim = config.num_heads, config.head_dim
-    return jnp.zeros((lightning, slots, heads, dim, dim), jnp.float32)
+    axes = (None, None, "heads", None, None)
+    return _zeros((lightning, slots, heads, dim, dim), jnp.dtype(jnp.float32), axes, partition)
+
+
+def _zeros(shape, dtype, axes, partition: Partition | None) -> Array:
+    where = None if partition is None else partition.sharding(axes, shape, name="a pool")
+    return jnp.zeros(shape, dtype, device=where)
 
 
 @functools.partial(jax.jit, donate_argnames="states")

@@ -159,6 +159,17 @@ class Result:
     text: str | None
 
 
+def result_of(events: Sequence[Event], *, text: bool) -> Result:
+    """All events of a request that has ended as one; `text` is whether there was a tokenizer."""
+    tokens = tuple(e.token for e in events if e.token is not None)
+    logprobs = tuple(e.logprob for e in events if e.logprob)
+    reason = events[-1].finish_reason
+    assert reason is not None
+    return Result(
+        tokens, logprobs or None, reason, "".join(e.text for e in events) if text else None
+    )
+
+
 def check_prompt(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.ndarray:
     """The ids of a prompt as int32.
 

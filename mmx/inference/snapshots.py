@@ -17,6 +17,7 @@ from mmx.inference.decoding import PADDED
 from mmx.inference.page_store import PageStore
 from mmx.inference.pool import Pool, begin_with_state, empty_states, keep_state
 from mmx.training.flops import forward_flops_per_token
+from sharding import Partition
 
 EVERY = 16_384  # tokens of a long prompt between two snapshots
 
@@ -39,10 +40,20 @@ class Snapshots:
     Args:
       slots: prefixes at most; 0 keeps none.
       pages: of the pool, shared by those who hold them.
+      page_size: tokens of a page; kv: bytes of a number in it.
+      partition: of the pool.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, pages: PageStore, page_size: int, kv: int):
-        self.states = empty_states(config, slots)
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        pages: PageStore,
+        page_size: int,
+        kv: int,
+        partition: Partition | None = None,
+    ):
+        self.states = empty_states(config, slots, partition)
         self._config, self._pages, self._page_size, self._kv = config, pages, page_size, kv
         # Whole pages are shared, and chunks begin at multiples of the largest padded length.
         self.step = math.lcm(page_size, PADDED[-1])

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mmx.config import LayerKind
 from mmx.nn.sequence import Sequence
-from pallas_kernels import paged_attention
-from sharding import Partition
+from sharding import Partition, paged
 from sharding.attention import softmax_attention
 
 
@@ -167,23 +166,18 @@ class _LayerPages:
         partition: Partition | None = None,
     ):
         memory = self.memory
-        layers, pages, size = memory.key_pages.shape[:3]
-        positions = jnp.where(sequence.real, sequence.positions, -1)
-        of_token = jnp.take_along_axis(
-            memory.page_table, jnp.maximum(positions, 0) // size, axis=1, mode="clip"
+        out, keys, values = paged.write_and_attend(
+            q,
+            k,
+            v,
+            memory.key_pages,
+            memory.value_pages,
+            memory.page_table,
+            jnp.where(sequence.real, sequence.positions, -1),
+            self.layer,
+            implementation=implementation,
+            partition=partition,
         )
-        # Padding goes to a page that does not exist.
-        page = jnp.where(positions >= 0, of_token + self.layer * pages, layers * pages)
-        slot = jnp.maximum(positions, 0) % size
-        keys, values = (
-            old.reshape(layers * pages, *old.shape[2:])
-            .at[page, slot]
-            .set(new.astype(old.dtype), mode="drop")
-            for old, new in ((memory.key_pages, k), (memory.value_pages, v))
-        )
-        table = memory.page_table + self.layer * pages
-        out = paged_attention(q, keys, values, table, positions, implementation=implementation)
-        keys, values = (x.reshape(memory.key_pages.shape) for x in (keys, values))
         memory = Pages(**{**vars(memory), "key_pages": keys, "value_pages": values})
         return out, _LayerPages(memory, self.layer)
 

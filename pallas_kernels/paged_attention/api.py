@@ -1,6 +1,7 @@
 """The public function of paged attention: argument checks and the choice of implementation."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -28,7 +29,8 @@ def paged_attention(
     *,
     scale: float | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B T H K"]:
+    return_lse: bool = False,
+) -> Any:
     """Grouped-query attention of new queries to the pages of their row, causal by position.
 
         out_t = sum_s softmax_s(scale q_t . k_s) v_s    over the keys s = 0 .. positions[t]
@@ -44,17 +46,18 @@ def paged_attention(
 
     Args:
       q: bf16 or fp32, H a multiple of G.
-      key_pages, value_pages: of q's dtype, or bf16, then cast to it; P pages of S slots, which
-        rows may share.
+      key_pages, value_pages: of q's dtype, or bf16 or float8_e4m3fn, then cast to it; P pages of S
+        slots, which rows may share.
       page_table: int32, pages of each row in order.
       positions: int32, positions of the queries, below N * S (a greater one sees all N * S keys),
         in any order; below 0 is padding, which gives exactly 0.
       scale: 1/sqrt(K) when None.
       implementation: 'pallas_gpu' (Hopper; few queries a row), 'cudnn' (NVIDIA; many), 'xla',
         'reference' (dense), or None for the best that takes these arguments.
+      return_lse: also return log sum_s exp(scale q_t . k_s), for merging with other keys.
 
     Returns:
-      [B, T, H, K] of q's dtype.
+      [B, T, H, K] of q's dtype; with `return_lse` in fp32, and fp32 [B, T, H], -inf at padding.
 
     Raises:
       ValueError: shapes or dtypes that disagree.
@@ -78,9 +81,11 @@ def paged_attention(
     if heads % kv_heads:
         raise ValueError(f"{name}: {heads} query heads are no multiple of {kv_heads} key heads")
     dispatch.require_floating(name, q=q)
-    dispatch.require_one_dtype(name, key_pages=key_pages, value_pages=value_pages)
-    if key_pages.dtype not in (q.dtype, jnp.bfloat16):
-        wanted = " or ".join(dict.fromkeys((str(q.dtype), "bfloat16")))
+    if not key_pages.dtype == value_pages.dtype == jnp.float8_e4m3fn:
+        dispatch.require_one_dtype(name, key_pages=key_pages, value_pages=value_pages)
+    narrow = (jnp.bfloat16, jnp.float8_e4m3fn)
+    if key_pages.dtype not in (q.dtype, *narrow):
+        wanted = " or ".join(dict.fromkeys((str(q.dtype), *(str(jnp.dtype(x)) for x in narrow))))
         raise ValueError(
             f"{name}: key_pages has dtype {key_pages.dtype}; q's is {q.dtype}, "
             f"so it must be {wanted}"
@@ -89,6 +94,8 @@ def paged_attention(
         if array.dtype != jnp.int32:
             raise ValueError(f"{name}: {index} has dtype {array.dtype}; it must be int32")
     arrays = (q, key_pages, value_pages, page_table, positions)
-    static = dict(scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
+    static: dict[str, Any] = dict(scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
+    if return_lse:
+        static["return_lse"] = True
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **static)
     return chosen.call(*arrays, **static)

@@ -34,9 +34,14 @@ def unsupported(
     positions: Int[Array, "B T"],
     *,
     scale: float,
+    return_lse: bool = False,
 ) -> str | None:
     """Why `paged_attention` cannot take these arguments here, or None."""
     del page_table, positions
+    if return_lse:
+        return "return_lse"
+    if key_pages.dtype != q.dtype:
+        return f"pages of {key_pages.dtype}: they must be of the queries' dtype, {q.dtype}"
     if 0 in q.shape:
         return f"empty queries, of shape {q.shape}"
     if q.size >= 1 << 31:

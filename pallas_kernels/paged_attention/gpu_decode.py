@@ -54,9 +54,12 @@ def unsupported(
     positions: Int[Array, "B T"],
     *,
     scale: float,
+    return_lse: bool = False,
 ) -> str | None:
     """Why `paged_attention` cannot take these arguments here, or None."""
     del value_pages, page_table, positions, scale
+    if return_lse:
+        return "return_lse"
     capability = platform.gpu_compute_capability()
     if capability != (9, 0):
         seen = platform.backend() if capability is None else f"compute capability {capability}"
@@ -72,6 +75,8 @@ def unsupported_arguments(
     slots, kv_heads = key_pages.shape[1:3]
     if q.dtype != jnp.bfloat16:
         return f"dtype {q.dtype}: it must be bfloat16"
+    if key_pages.dtype != q.dtype:
+        return f"pages of {key_pages.dtype}: they must be bfloat16"
     if 0 in q.shape:
         return f"empty queries, of shape {q.shape}"
     rows = length * heads // kv_heads

@@ -1,5 +1,7 @@
 """Paged attention as its definition: every page of every row, the whole T x (N S) matrix."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +24,8 @@ def paged_attention(
     positions: Int[Array, "B T"],
     *,
     scale: float,
-) -> Float[Array, "B T H K"]:
+    return_lse: bool = False,
+) -> Any:
     """Dense form of `pallas_kernels.paged_attention`."""
     batch, length, heads, key_dim = q.shape
     kv_heads = key_pages.shape[2]
@@ -40,5 +43,8 @@ def paged_attention(
     top = jnp.where(padding, 0, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     total = jnp.where(padding, 1, jnp.sum(weights, axis=-1, keepdims=True))
-    out = einsum("bgrts,bsgk->btgrk", (weights / total).astype(q.dtype), v)
-    return out.reshape(q.shape).astype(q.dtype)
+    out = einsum("bgrts,bsgk->btgrk", (weights / total).astype(q.dtype), v).reshape(q.shape)
+    if not return_lse:
+        return out.astype(q.dtype)
+    lse = jnp.where(padding, -jnp.inf, top + jnp.log(total))[..., 0]  # [B, G, R, T]
+    return out, jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])

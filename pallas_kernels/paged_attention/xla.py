@@ -10,6 +10,7 @@ The engine compares runs bit by bit, so a row must not notice what it is compute
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ def paged_attention(
     positions: Int[Array, "B T"],
     *,
     scale: float,
-) -> Float[Array, "B T H K"]:
+    return_lse: bool = False,
+) -> Any:
     """Blockwise form of `pallas_kernels.paged_attention`.
 
     The blocks of keys visited follow from the positions as they are at run time, so one program
@@ -48,13 +50,17 @@ def paged_attention(
 
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, key_dim)
     if length <= QUERY_BLOCK:
-        return block((grouped, positions)).reshape(q.shape)
-    split = (
-        jnp.moveaxis(x.reshape(batch, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-        for x in (_padded(grouped, QUERY_BLOCK, 0), _padded(positions, QUERY_BLOCK, -1))
-    )
-    out = jnp.moveaxis(jax.lax.map(block, tuple(split)), 0, 1)
-    return out.reshape(batch, -1, heads, key_dim)[:, :length]
+        out, lse = block((grouped, positions))
+    else:
+        split = (
+            jnp.moveaxis(x.reshape(batch, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+            for x in (_padded(grouped, QUERY_BLOCK, 0), _padded(positions, QUERY_BLOCK, -1))
+        )
+        out, lse = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(block, tuple(split)))
+    out = out.reshape(batch, -1, heads, key_dim)[:, :length]
+    if not return_lse:
+        return out.astype(q.dtype)
+    return out, lse.reshape(batch, -1, heads)[:, :length]
 
 
 def _pages_per_block(slots: int) -> int:
@@ -76,7 +82,7 @@ def _sum(x):
 
 
 def _query_block(q, key_pages, value_pages, table, positions, scale):
-    """Q [B, T, G, R, K], table of whole blocks, positions [B, T] -> out [B, T, G, R, K]."""
+    """Q [B, T, G, R, K], table of whole blocks, positions [B, T] -> (out [B, T, G, R, K], lse)."""
     batch, length, groups, repeats, key_dim = q.shape
     slots = key_pages.shape[1]
     pages = _pages_per_block(slots)
@@ -119,7 +125,8 @@ def _query_block(q, key_pages, value_pages, table, positions, scale):
         jnp.zeros((*shape, key_dim), dtype),
     )
     num_blocks = (jnp.max(reach, initial=-1) + block) // block  # ceil((position + 1) / block)
-    _, total, acc = jax.lax.fori_loop(0, num_blocks, attend, start)
+    top, total, acc = jax.lax.fori_loop(0, num_blocks, attend, start)
     out = acc / jnp.where(at < 0, 1, total)[..., None]
-    out = out.reshape(batch, groups, length, repeats, key_dim).astype(q.dtype)
-    return jnp.moveaxis(out, 1, 2)
+    out = out.reshape(batch, groups, length, repeats, key_dim)
+    lse = (top + jnp.log(total)).reshape(batch, groups, length, repeats)
+    return jnp.moveaxis(out, 1, 2), jnp.moveaxis(lse, 1, 2)
