@@ -4,10 +4,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
+
+_LONGEST_COMPILE = 7200  # seconds; a process that dies meanwhile is noticed at once
 
 
 def as_first(value: int) -> int:
@@ -32,6 +36,20 @@ def by_first(action: Callable[[], object]) -> None:
     number = as_first(problem.errno or -1 if problem is not None else 0)
     if number:
         raise problem or OSError(number, f"process 0: {os.strerror(number)}")
+
+
+def compile_together(program: Any, *arguments: Any, **options: Any) -> None:
+    """Compile a jitted function in every process before one of them runs it.
+
+    On CPU a collective gives up on a process that comes 30 seconds late, and compiling takes
+    longer. The call itself then finds the program; nothing is compiled twice.
+    """
+    if jax.process_count() == 1:
+        return
+    program.lower(*arguments, **options).compile()
+    client = distributed.global_state.client  # jax.distributed offers no barrier of its own
+    assert client is not None
+    client.wait_at_barrier(f"compiled {program.__name__}", _LONGEST_COMPILE * 1000)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -28,7 +29,7 @@ from mmx.data.batches import Batches
 from mmx.data.shards import Manifest, write_atomic
 from mmx.model import Params
 from mmx.training import metrics as measuring
-from mmx.training.agreement import as_first, signals, stop_agreed
+from mmx.training.agreement import as_first, compile_together, signals, stop_agreed
 from mmx.training.checkpoint import Checkpoints, SaveFailed
 from mmx.training.display import Display
 from mmx.training.evaluation import HeldOut, write_samples
@@ -254,6 +255,9 @@ class _Run:
         if batch is None:
             return
         self._waited += time.perf_counter() - begin
+        if self.program.num_compiles == 0:
+            arguments = self.state, batch, np.int32(accumulation)
+            compile_together(self.program.program, *arguments)
         self.state, metrics = self.program(self.state, batch, accumulation)
         # The record of the step before is fetched while this one runs.
         self.flush()
