@@ -76,8 +76,13 @@ def _help() -> str:
     )
 
 
-def _fail(message: str) -> int:
+def report_error(message: str) -> None:
+    """One line on stderr."""
     print(f"mmx: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
+    report_error(message)
     return 2
 
 
