@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -91,4 +92,5 @@ def paged_attention(
     arrays = (q, key_pages, value_pages, page_table, positions)
     static = dict(scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **static)
-    return chosen.call(*arrays, **static)
+    with jax.named_scope("attend"):
+        return chosen.call(*arrays, **static)

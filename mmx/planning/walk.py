@@ -1,0 +1,385 @@
+"""What a traced program does, counted from its jaxpr: loops multiplied, kernels by their own count.
+
+XLA's cost analysis counts the body of a loop once, so of a scanned model it sees a fraction. Here
+every equation counts as often as it runs, and for the part of the model whose name scope it has.
+
+Outside of `shard_map` shapes are those of all devices together; inside they are one device's, and
+are multiplied by the devices, so that one sum is of the whole machine. Work that devices repeat
+outside of `shard_map` is not seen.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.interpreters.partial_eval as pe
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+PARTS = ("lightning", "softmax", "experts", "dense", "head", "optimizer", "other")
+# Of a scope, inside the names of a path; the first that is there.
+_SCOPES = (
+    ("optimizer", "optimizer"),
+    ("head", "head"),
+    ("router", "dense"),
+    ("moe", "experts"),
+    ("lightning_attention", "lightning"),
+    ("softmax_attention", "softmax"),
+    ("layer", "dense"),
+)
+_NAMES = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+_LAYER = re.compile(r"layer_(\d+)$")
+COLLECTIVES = {
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "ragged_all_to_all": "ragged-all-to-all",
+    "ppermute": "collective-permute",
+}
+# What reads or writes memory even where XLA fuses all it can.
+_MOVES = frozenset(
+    "gather scatter scatter-add scatter_add sort dynamic_update_slice concatenate cumsum".split()
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an equation is.
+
+    Attributes:
+      names: of the scopes around it, outermost first.
+      times: how often it runs.
+      devices: by how many one device's shapes are multiplied; 1 outside of `shard_map`.
+      axis_sizes: of the mesh inside `shard_map`.
+      loops: lengths of the scans around it, outermost first.
+    """
+
+    names: tuple[str, ...] = ()
+    times: float = 1
+    devices: int = 1
+    axis_sizes: Mapping[str, int] = field(default_factory=dict)
+    loops: tuple[int, ...] = ()
+
+    @property
+    def again(self) -> bool:
+        """Whether it repeats what was computed before, to save memory."""
+        return "rematted_computation" in self.names
+
+    @property
+    def part(self) -> str:
+        names = {"layer" if _LAYER.match(name) else name for name in self.names}
+        part = next((part for scope, part in _SCOPES if scope in names), "other")
+        if part in ("lightning", "softmax") and "attend" not in names:
+            return "dense"
+        return part
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of message over the same mesh axes, for the same part.
+
+    Attributes:
+      kind: as XLA calls it.
+      axes: of the mesh, as they are named in the program.
+      part: of the model.
+      count: calls a step.
+      bytes: of all calls on one device, each the larger of operand and result.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    part: str
+    count: float
+    bytes: float
+
+
+@dataclass
+class Counts:
+    """Sums over a program, of all devices together.
+
+    Attributes:
+      flops: of products by part, a multiplication and an addition being two.
+      flops_again: the share of them in recomputation: of layers, of the head's blocks, and what the
+        backward pass of an attention does beyond the two products that each of its forward needs.
+      flops_backward: of backward passes, recomputed layers left out.
+      bytes: that products, kernels, gathers and the like read and write; elementwise work is taken
+        to be fused into them, so this is a floor.
+      collectives: explicit ones, those of `shard_map`.
+      unknown: loops whose number of turns only the data says, and that hold products or messages.
+    """
+
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flops_again: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flops_backward: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    messages: dict[tuple[str, tuple[str, ...], str], list[float]] = field(
+        default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
+    )
+    unknown: set[str] = field(default_factory=set)
+
+    @property
+    def collectives(self) -> list[Collective]:
+        found = [Collective(*key, count, size) for key, (count, size) in self.messages.items()]
+        return sorted(found, key=lambda c: -c.bytes)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a program does not say of itself.
+
+    Attributes:
+      layer_weights: how many layers of the model one of the traced superblock stands for.
+      expert_rows: rows that the experts of one device (outside of `shard_map`: of all) take, given
+        the devices of the site; None takes all rows there is room for.
+      context: keys that paged attention visits.
+      accumulation: micro-batches of a step.
+    """
+
+    layer_weights: tuple[int, ...] = ()
+    expert_rows: Callable[[Site], float] | None = None
+    context: int = 1
+    accumulation: int = 1
+
+
+def count(closed: ClosedJaxpr, facts: Facts | None = None) -> Counts:
+    """Everything a traced program does; what nobody reads is left out, as XLA does."""
+    counts = Counts()
+    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    _Walk(facts or Facts(), counts).run(jaxpr, Site())
+    for part in ("lightning", "softmax"):
+        backward = counts.flops_backward[part]
+        forward = counts.flops[part] - counts.flops_again[part] - backward
+        counts.flops_again[part] += max(0.0, backward - 2 * forward)
+    return counts
+
+
+class _Walk:
+    def __init__(self, facts: Facts, counts: Counts):
+        self.facts, self.counts = facts, counts
+
+    def run(self, jaxpr: Jaxpr, site: Site) -> None:
+        made = {}
+        for eqn in jaxpr.eqns:
+            made |= dict.fromkeys(eqn.outvars, eqn)
+            self.equation(eqn, self.inside(site, eqn), made)
+
+    def inside(self, site: Site, eqn: Any) -> Site:
+        """The site of an equation: its own scopes after those around it."""
+        own = tuple(_NAMES.findall(str(eqn.source_info.name_stack)))
+        times = site.times
+        layers = [int(m[1]) for name in own if (m := _LAYER.match(name))]
+        if layers and not any(map(_LAYER.match, site.names)):
+            times *= dict(enumerate(self.facts.layer_weights)).get(layers[0], 1)
+        return _replaced(site, names=site.names + own, times=times)
+
+    def equation(self, eqn: Any, site: Site, made: dict) -> None:
+        name = eqn.primitive.name
+        if name == "scan":
+            length = eqn.params["length"]
+            loops = (*site.loops, length)
+            inner = _replaced(site, times=site.times * length, loops=loops)
+            self.run(eqn.params["jaxpr"].jaxpr, inner)
+        elif name == "while":
+            turns = self.turns(eqn, site)
+            self.run(eqn.params["body_jaxpr"].jaxpr, _replaced(site, times=site.times * turns))
+        elif name == "cond":
+            self.run(max((b.jaxpr for b in eqn.params["branches"]), key=_weight), site)
+        elif name == "shard_map":
+            mesh = eqn.params["mesh"]
+            manual = eqn.params.get("manual_axes") or mesh.axis_names
+            sizes = {axis: mesh.shape[axis] for axis in manual}
+            devices = site.devices * math.prod(sizes.values())
+            inner = _replaced(site, devices=devices, axis_sizes={**site.axis_sizes, **sizes})
+            self.run(_open(eqn.params["jaxpr"]), inner)
+        elif name == "pallas_call":
+            self.kernel(eqn, site)
+        elif name in COLLECTIVES:
+            self.collective(eqn, site)
+        elif name == "dot_general":
+            self.add(site, dot_flops(eqn), self.traffic(eqn, made))
+        elif name in ("ragged_dot_general", "ragged_dot"):
+            rows, width = eqn.invars[0].aval.shape[-2:]
+            flops = 2 * self.rows(rows, site) * width * eqn.outvars[0].aval.shape[-1]
+            self.add(site, flops, self.traffic(eqn, made))
+        elif name in _MOVES:
+            # In place but for what is new.
+            size = 2 * _bytes(eqn.invars[1] if name == "dynamic_update_slice" else eqn.outvars[0])
+            self.add(site, 0, size)
+        else:
+            for inner in inner_jaxprs(eqn):
+                self.run(inner, site)
+
+    def add(self, site: Site, flops: float, moved: float) -> None:
+        times = site.times * site.devices
+        self.counts.flops[site.part] += times * flops
+        if site.again:
+            self.counts.flops_again[site.part] += times * flops
+        elif "transpose" in site.names:
+            self.counts.flops_backward[site.part] += times * flops
+        self.counts.bytes[site.part] += times * moved
+
+    def traffic(self, eqn: Any, made: dict) -> float:
+        """Operands and results of a product; an operand that is cast on the way as it is stored."""
+        return sum(_stored(v, made) for v in eqn.invars) + sum(map(_bytes, eqn.outvars))
+
+    def collective(self, eqn: Any, site: Site) -> None:
+        params = eqn.params
+        axes = params.get("axes", params.get("axis_name", ()))
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        axes = tuple(axis for axis in axes if isinstance(axis, str))
+        if math.prod(site.axis_sizes.get(axis, 1) for axis in axes) == 1:
+            return
+        kind = COLLECTIVES[eqn.primitive.name]
+        pairs = zip(eqn.invars, eqn.outvars, strict=False)
+        for operand, result in [(eqn.invars[0], eqn.outvars[0])] if "ragged" in kind else pairs:
+            size = max(_bytes(operand), _bytes(result))
+            entry = self.counts.messages[kind, axes, site.part]
+            entry[0] += site.times
+            entry[1] += site.times * size
+
+    def kernel(self, eqn: Any, site: Site) -> None:
+        """A Pallas kernel: its own estimate if it has one, else its products times its grid."""
+        moved = sum(map(_bytes, (*eqn.invars, *eqn.outvars)))
+        estimate = eqn.params.get("cost_estimate")
+        if estimate is None:
+            grid = [size for size in eqn.params["grid_mapping"].grid if isinstance(size, int)]
+            once = Counts()
+            _Walk(Facts(), once).run(_open(eqn.params["jaxpr"]), Site())
+            flops = sum(once.flops.values()) * math.prod(grid) * _visited(eqn, grid)
+        else:
+            flops = estimate.flops
+            if "grouped_matmul" in site.names:
+                rows = max(v.aval.shape[-2] for v in eqn.invars if len(v.aval.shape) == 2)
+                flops *= self.rows(rows, site) / rows
+        self.add(site, flops, moved)
+
+    def rows(self, room: int, site: Site) -> float:
+        """Rows of a grouped product that some expert takes, of those there is room for."""
+        expected = self.facts.expert_rows
+        return room if expected is None else min(room, expected(site))
+
+    def turns(self, eqn: Any, site: Site) -> float:
+        """How often a while loop turns."""
+        fixed = _fixed_turns(eqn)
+        if fixed is not None:
+            return fixed
+        body = eqn.params["body_jaxpr"].jaxpr
+        first = next(_products(body), None)
+        if "grouped_matmul" in site.names and first is not None:
+            return self.blocks(first, eqn, site)
+        if "attend" in site.names and first is not None:
+            # Blocks of keys, of which a causal query sees half; scanned over blocks of queries.
+            block = max(first.invars[1].aval.shape[1], 1)
+            if site.loops and "softmax_attention" in site.names and self.facts.context == 1:
+                return (site.loops[-1] + 1) / 2
+            return max(1, self.facts.context / block)
+        if not site.names and first is not None:
+            return self.facts.accumulation
+        if first is not None or any(e.primitive.name in COLLECTIVES for e in _all(body)):
+            self.counts.unknown.add("/".join(site.names))
+        return 1
+
+    def blocks(self, product: Any, eqn: Any, site: Site) -> float:
+        """Blocks of rows of the XLA form of a grouped product, the groups taken to be even."""
+        shapes = [v.aval.shape for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 2]
+        groups = max((s[0] for s in shapes if len(s) == 3), default=1)
+        room = max((s[0] for s in shapes if len(s) == 2), default=1)
+        size = product.invars[0].aval.shape[0]
+        rows = self.rows(room, site)
+        used = groups * (1 - (1 - 1 / groups) ** rows)  # groups that any of so many rows is in
+        return max(1, used) * math.ceil(rows / max(1, used) / size - 1e-9)
+
+
+# ---------------------------------------------------------------- equations
+
+
+def dot_flops(eqn: Any) -> float:
+    """2 x batch x rows x columns x inner of a dot_general."""
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * inner
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
+    """The jaxprs in an equation's parameters, that of a derivative not taken left out."""
+    if eqn.primitive.name.startswith(("custom_vjp_call", "custom_jvp_call")):
+        yield _open(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")))
+        return
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(one, ClosedJaxpr | Jaxpr):
+                yield _open(one)
+
+
+def _open(jaxpr: Any) -> Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def _all(jaxpr: Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from _all(inner)
+
+
+def _products(jaxpr: Jaxpr) -> Iterator[Any]:
+    return (eqn for eqn in _all(jaxpr) if eqn.primitive.name == "dot_general")
+
+
+def _weight(jaxpr: Jaxpr) -> float:
+    return sum(map(dot_flops, _products(jaxpr)))
+
+
+def _bytes(v: Any) -> float:
+    shape = getattr(v.aval, "shape", ())
+    dtype = getattr(v.aval, "dtype", None)
+    return math.prod(shape) * getattr(dtype, "itemsize", 0)
+
+
+def _stored(v: Any, made: dict) -> float:
+    size = _bytes(v)
+    while not isinstance(v, Literal) and v in made:
+        eqn = made[v]
+        if eqn.primitive.name not in ("convert_element_type", "reshape", "transpose", "squeeze"):
+            break
+        v = eqn.invars[0]
+        size = min(size, _bytes(v))
+    return size
+
+
+def _fixed_turns(eqn: Any) -> int | None:
+    """Turns of a loop from a number to a number, as `fori_loop` writes it."""
+    cond = eqn.params["cond_jaxpr"].jaxpr
+    if len(cond.eqns) != 1 or cond.eqns[0].primitive.name != "lt":
+        return None
+    consts, body_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    given = (*eqn.invars[:consts], *eqn.invars[consts + body_consts :])
+    known = dict(zip(cond.invars, given, strict=True))
+    ends = [v if isinstance(v, Literal) else known.get(v) for v in cond.eqns[0].invars]
+    if not all(isinstance(end, Literal) for end in ends):
+        return None
+    first, last = (int(end.val) for end in ends)  # pyright: ignore[reportOptionalMemberAccess]
+    return max(0, last - first)
+
+
+def _visited(eqn: Any, grid: list[int]) -> float:
+    """The share of its grid that splash attention computes: causal blocks, if it has their table."""
+    if "splash" not in str(eqn.params.get("name_and_src_info", eqn.params.get("name", ""))):
+        return 1
+    tables = [v.aval.shape for v in eqn.invars if str(getattr(v.aval, "dtype", "")) == "int8"]
+    if not tables:
+        return 1
+    rows, columns = tables[0][-2:]
+    seen = sum(min(columns, math.ceil((row + 1) * columns / rows)) for row in range(rows))
+    return seen / (rows * columns)
+
+
+def _replaced(site: Site, **changes: Any) -> Site:
+    return Site(**{**vars(site), **changes})
