@@ -11,7 +11,7 @@ outside of `shard_map` is not seen.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,8 @@ COLLECTIVES = {
 }
 # What reads or writes memory even where XLA fuses all it can.
 _MOVES = frozenset(
-    "gather scatter scatter-add scatter_add sort dynamic_update_slice concatenate cumsum".split()
+    {"gather", "scatter", "scatter-add", "scatter_add", "sort", "concatenate", "cumsum"}
+    | {"dynamic_update_slice"}
 )
 
 
@@ -74,11 +75,16 @@ class Site:
 
     @property
     def part(self) -> str:
-        names = {"layer" if _LAYER.match(name) else name for name in self.names}
-        part = next((part for scope, part in _SCOPES if scope in names), "other")
-        if part in ("lightning", "softmax") and "attend" not in names:
-            return "dense"
-        return part
+        part = part_of_names(self.names)
+        # Projections and norms of an attention; its messages are its own.
+        inner = part not in ("lightning", "softmax") or "attend" in self.names
+        return part if inner else "dense"
+
+
+def part_of_names(names: Collection[str]) -> str:
+    """The part of the model that has these scopes around it."""
+    found = {"layer" if _LAYER.match(name) else name for name in names}
+    return next((part for scope, part in _SCOPES if scope in found), "other")
 
 
 @dataclass(frozen=True)
@@ -240,7 +246,9 @@ class _Walk:
         pairs = zip(eqn.invars, eqn.outvars, strict=False)
         for operand, result in [(eqn.invars[0], eqn.outvars[0])] if "ragged" in kind else pairs:
             size = max(_bytes(operand), _bytes(result))
-            entry = self.counts.messages[kind, axes, site.part]
+            if kind == "ragged-all-to-all":  # the rows there are, not the room for them
+                size = min(_bytes(operand), _bytes(result))
+            entry = self.counts.messages[kind, axes, part_of_names(site.names)]
             entry[0] += site.times
             entry[1] += site.times * size
 
@@ -370,7 +378,7 @@ def _fixed_turns(eqn: Any) -> int | None:
 
 
 def _visited(eqn: Any, grid: list[int]) -> float:
-    """The share of its grid that splash attention computes: causal blocks, if it has their table."""
+    """The share of its grid that splash attention computes: causal blocks, given their table."""
     if "splash" not in str(eqn.params.get("name_and_src_info", eqn.params.get("name", ""))):
         return 1
     tables = [v.aval.shape for v in eqn.invars if str(getattr(v.aval, "dtype", "")) == "int8"]
