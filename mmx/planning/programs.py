@@ -1,4 +1,4 @@
-"""The programs a plan is of: those of training and inference, with shapes in the place of arrays."""
+"""The programs a plan is of: those of training and inference, with shapes for arrays."""
 
 import dataclasses
 import math
@@ -57,6 +57,7 @@ class Request:
       remat: what the backward pass computes again.
       optimizer_dtype: of the first moment.
       capacity_factor: room of each expert in training, and in prefill.
+      expert_groups: parts of each device's tokens that go to their experts one after the other.
       weights: of inference.
       dtype: of matrices and activations.
 
@@ -76,16 +77,19 @@ class Request:
     remat: Remat = "layer"
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     capacity_factor: float | None = 1.25
+    expert_groups: int = 1
     weights: Weights = "bf16"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        for flag in ("seq", "batch", "accumulation"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} is {getattr(self, flag)}; it must be at least 1")
+        for field in ("seq", "batch", "accumulation", "expert_groups"):
+            if getattr(self, field) < 1:
+                flag = field.replace("_", "-")
+                raise ValueError(f"--{flag} is {getattr(self, field)}; it must be at least 1")
         if self.seq > self.config.max_seq_len:
             raise ValueError(
-                f"--seq {self.seq} is more than max_seq_len={self.config.max_seq_len} of {self.name}"
+                f"--seq {self.seq} is more than the longest sequence of {self.name}, "
+                f"max_seq_len={self.config.max_seq_len}"
             )
         if self.mode == "train" and self.weights == "int8":
             raise ValueError("--weights int8 is for inference; train with bf16")
@@ -208,7 +212,8 @@ def build(
     Raises:
       ValueError: sizes that the mesh cannot share evenly.
     """
-    partition = Partition(mesh or abstract_mesh(ask.topology, ask.mesh), ask.rules)
+    mesh = mesh or abstract_mesh(ask.topology, ask.mesh)
+    partition = Partition(mesh, ask.rules, expert_groups=ask.expert_groups)
     config, weights = fold(ask.config) if folded else (ask.config, ())
     facts = Facts(
         layer_weights=weights,
@@ -236,9 +241,15 @@ def _expert_rows(ask: Request, partition: Partition):
     choices = tokens * ask.config.num_experts_per_tok
     over = {axis for name in ("batch", "seq", "experts") for axis in partition.axes_of(name)}
     shared = math.prod(partition.mesh.shape[axis] for axis in over)
+    # Tokens are cut into groups only where they are exchanged.
+    travel = set(partition.axes_of("experts")) & {
+        *partition.axes_of("batch"),
+        *partition.axes_of("seq"),
+    }
+    groups = ask.expert_groups if travel else 1
 
     def rows(site: Site) -> float:
-        return choices / shared if site.devices > 1 else choices
+        return choices / shared / groups if site.devices > 1 else choices
 
     return rows
 

@@ -81,6 +81,12 @@ class Site:
         return part if inner else "dense"
 
 
+def layer_of(eqn: Any) -> int | None:
+    """The number, in its superblock, of the layer an equation belongs to."""
+    names = _NAMES.findall(str(eqn.source_info.name_stack))
+    return next((int(m[1]) for name in names if (m := _LAYER.match(name))), None)
+
+
 def part_of_names(names: Collection[str]) -> str:
     """The part of the model that has these scopes around it."""
     found = {"layer" if _LAYER.match(name) else name for name in names}
@@ -118,6 +124,8 @@ class Counts:
       bytes: that products, kernels, gathers and the like read and write; elementwise work is taken
         to be fused into them, so this is a floor.
       collectives: explicit ones, those of `shard_map`.
+      room: bytes of the largest buffer that an exchange fills, and how many times the rows are that
+        it has room for when experts are even.
       unknown: loops whose number of turns only the data says, and that hold products or messages.
     """
 
@@ -128,6 +136,7 @@ class Counts:
     messages: dict[tuple[str, tuple[str, ...], str], list[float]] = field(
         default_factory=lambda: defaultdict(lambda: [0.0, 0.0])
     )
+    room: tuple[float, float] = (0.0, 1.0)
     unknown: set[str] = field(default_factory=set)
 
     @property
@@ -247,6 +256,9 @@ class _Walk:
         for operand, result in [(eqn.invars[0], eqn.outvars[0])] if "ragged" in kind else pairs:
             size = max(_bytes(operand), _bytes(result))
             if kind == "ragged-all-to-all":  # the rows there are, not the room for them
+                self.counts.room = max(
+                    self.counts.room, size / min(_bytes(operand), _bytes(result))
+                )
                 size = min(_bytes(operand), _bytes(result))
             entry = self.counts.messages[kind, axes, part_of_names(site.names)]
             entry[0] += site.times
@@ -264,9 +276,22 @@ class _Walk:
         else:
             flops = estimate.flops
             if "grouped_matmul" in site.names:
-                rows = max(v.aval.shape[-2] for v in eqn.invars if len(v.aval.shape) == 2)
-                flops *= self.rows(rows, site) / rows
+                flops, moved = self.grouped(eqn, site, flops)
         self.add(site, flops, moved)
+
+    def grouped(self, eqn: Any, site: Site, flops: float) -> tuple[float, float]:
+        """Of a grouped product, what the rows there are ask for of the room that there is."""
+        arrays = [v for v in (*eqn.invars, *eqn.outvars) if v.aval.ndim >= 2]
+        sides = [set(v.aval.shape) for v in arrays if v.aval.ndim == 2]
+        room = max(set.intersection(*sides) or set.union(*sides))  # the size they have in common
+        rows = self.rows(room, site)
+        share = rows / room
+        moved = 0.0
+        for v in arrays:
+            groups = v.aval.shape[0]
+            used = share if v.aval.ndim == 2 else max(1.0, _used(groups, rows)) / groups
+            moved += _bytes(v) * used
+        return flops * share, moved
 
     def rows(self, room: int, site: Site) -> float:
         """Rows of a grouped product that some expert takes, of those there is room for."""
@@ -301,8 +326,8 @@ class _Walk:
         room = max((s[0] for s in shapes if len(s) == 2), default=1)
         size = product.invars[0].aval.shape[0]
         rows = self.rows(room, site)
-        used = groups * (1 - (1 - 1 / groups) ** rows)  # groups that any of so many rows is in
-        return max(1, used) * math.ceil(rows / max(1, used) / size - 1e-9)
+        used = max(1.0, _used(groups, rows))
+        return used * math.ceil(rows / used / size - 1e-9)
 
 
 # ---------------------------------------------------------------- equations
@@ -360,6 +385,11 @@ def _stored(v: Any, made: dict) -> float:
         v = eqn.invars[0]
         size = min(size, _bytes(v))
     return size
+
+
+def _used(groups: int, rows: float) -> float:
+    """Groups that any of so many rows is in, when each goes anywhere alike."""
+    return groups * (1 - (1 - 1 / groups) ** rows)
 
 
 def _fixed_turns(eqn: Any) -> int | None:
