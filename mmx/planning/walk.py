@@ -256,10 +256,9 @@ class _Walk:
         for operand, result in [(eqn.invars[0], eqn.outvars[0])] if "ragged" in kind else pairs:
             size = max(_bytes(operand), _bytes(result))
             if kind == "ragged-all-to-all":  # the rows there are, not the room for them
-                self.counts.room = max(
-                    self.counts.room, size / min(_bytes(operand), _bytes(result))
-                )
-                size = min(_bytes(operand), _bytes(result))
+                rows = min(_bytes(operand), _bytes(result))
+                self.counts.room = max(self.counts.room, (size, size / rows))
+                size = rows
             entry = self.counts.messages[kind, axes, part_of_names(site.names)]
             entry[0] += site.times
             entry[1] += site.times * size
