@@ -57,22 +57,31 @@ class PlanOptions:
     """Try the meshes there are and plan the best."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the plan."""
-    options = tyro.cli(PlanOptions, prog="mmx plan", args=arguments)
-    config = config_of(options.model)
-    import jax
+def parse(arguments: Sequence[str]) -> PlanOptions:
+    """The options of a command line."""
+    return tyro.cli(PlanOptions, prog="mmx plan", args=list(arguments))
 
-    # Nothing runs here: no device of this machine is to be found, waited for or held.
-    jax.config.update("jax_platforms", "cpu")
-    from mmx.planning.topology import parse_mesh, parse_topology
 
-    topology = parse_topology(options.topology, options.slices)
-    fields: dict[str, Any] = dict(
+def request_of(options: PlanOptions) -> Any:
+    """The `mmx.planning.programs.Request` of a command line.
+
+    Raises:
+      ValueError: unknown names, or sizes that do not fit.
+    """
+    from mmx.planning.programs import request
+    from mmx.planning.topology import parse_mesh
+
+    return request(mesh=parse_mesh(options.mesh), chosen_rules=options.rules, **_fields(options))
+
+
+def _fields(options: PlanOptions) -> dict[str, Any]:
+    from mmx.planning.topology import parse_topology
+
+    return dict(
         name=options.model,
-        config=config,
+        config=config_of(options.model),
         mode=options.mode,
-        topology=topology,
+        topology=parse_topology(options.topology, options.slices),
         seq=options.seq,
         batch=options.batch,
         accumulation=options.accumulation,
@@ -82,17 +91,22 @@ def main(arguments: Sequence[str]) -> int:
         expert_groups=options.expert_groups,
         weights=options.weights,
     )
-    from mmx.planning.programs import request
 
-    if options.search:
-        from mmx.planning.search import print_best
 
-        ask = print_best(fields, Console())
-        if ask is None:
-            return DOES_NOT_FIT
-    else:
-        ask = request(mesh=parse_mesh(options.mesh), chosen_rules=options.rules, **fields)
-    return _plan(ask, options)
+def main(arguments: Sequence[str]) -> int:
+    """Print the plan."""
+    options = parse(arguments)
+    config_of(options.model)
+    import jax
+
+    # Nothing runs here: no device of this machine is to be found, waited for or held.
+    jax.config.update("jax_platforms", "cpu")
+    if not options.search:
+        return _plan(request_of(options), options)
+    from mmx.planning.search import print_best
+
+    ask = print_best(_fields(options), Console())
+    return DOES_NOT_FIT if ask is None else _plan(ask, options)
 
 
 def _plan(ask: Any, options: PlanOptions) -> int:

@@ -103,25 +103,28 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
     from mmx.inference.text import longest_token
+    from mmx.planning.exhausted import explained, of_engine
 
     # Where the template lies is nobody's business out there.
     template = dataclasses.replace(load_chat_template(options.path), file="the model")
     dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
     config, params = mmx.load(options.path, dtype=dtype)
-    engine = Engine(
-        config,
-        params,
-        rows=options.rows,
-        pages=options.pages,
-        max_seq_len=options.max_seq_len,
-        page_size=options.page_size,
-        chunk=options.chunk,
-        decode_steps=options.decode_steps,
-        snapshots=options.snapshots,
-        tokenizer=tokenizer,
-    )
-    if options.warm_up:
-        _warm_up(engine)
+    room = (options.pages or options.rows * 4096 // options.page_size) * options.page_size
+    with explained(lambda: of_engine(config, params, rows=options.rows, tokens=room)):
+        engine = Engine(
+            config,
+            params,
+            rows=options.rows,
+            pages=options.pages,
+            max_seq_len=options.max_seq_len,
+            page_size=options.page_size,
+            chunk=options.chunk,
+            decode_steps=options.decode_steps,
+            snapshots=options.snapshots,
+            tokenizer=tokenizer,
+        )
+        if options.warm_up:
+            _warm_up(engine)
     longest = longest_token(tokenizer)
     served = Served(
         name=options.model_name or options.path.resolve().name,

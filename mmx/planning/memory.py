@@ -39,12 +39,15 @@ class Work:
       arrays: (bytes, scope, shape) of the largest that are made.
       stacked: the same, of what loops keep of each turn; a mask that does not depend on what is
         differentiated is kept for all turns at once.
+      hoisted: the same, of what is made of nothing before a loop that reads it in every turn: jax
+        moves it there when it differentiates the loop. Not in `most`, for XLA may move it back.
     """
 
     kept: float
     most: float
     arrays: list[tuple[float, str, str]]
     stacked: list[tuple[float, str, str]]
+    hoisted: list[tuple[float, str, str]]
 
 
 def work(program: Program, jaxpr: Jaxpr) -> Work:
@@ -72,7 +75,29 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
                 kept += scan.params["length"] * weights.get(layer, 1) * size(v)
     largest = sorted(set(_arrays(jaxpr, size, "")), reverse=True)
     stacked = sorted(set(_stacked(jaxpr, size, "")), reverse=True)
-    return Work(kept, most, largest[:10], stacked[:10])
+    hoisted = sorted(set(_hoisted(jaxpr, size, weights)), reverse=True)
+    return Work(kept, most, largest[:10], stacked[:10], hoisted[:10])
+
+
+def _constants(jaxpr: Jaxpr) -> set[Any]:
+    """Results that depend on no argument."""
+    known: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        if all(isinstance(v, Literal) or v in known for v in eqn.invars):
+            known |= set(eqn.outvars)
+    return known
+
+
+def _hoisted(jaxpr: Jaxpr, size: Size, weights: dict) -> Iterator[tuple[float, str, str]]:
+    known = _constants(jaxpr)
+    read = {v for eqn in jaxpr.eqns if eqn.primitive.name == "scan" for v in _variables(eqn)}
+    for eqn in jaxpr.eqns:
+        for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
+            if v in known and v in read and eqn.primitive.name == "shard_map":
+                times = weights.get(layer_of(eqn), 1)
+                yield bytes_ * times, _scope("", eqn), _shape(v)
+        for inner in _bodies(eqn):
+            yield from _hoisted(inner, _inside(eqn, size), weights)
 
 
 def _stacked(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str, str]]:
@@ -96,8 +121,11 @@ def _shape(v: Any) -> str:
 
 
 def _outermost(jaxpr: Jaxpr, size: Size) -> Iterator[tuple[Any, Size]]:
-    """The scans and the `shard_map`s that lie in no other."""
+    """The scans and the `shard_map`s that lie in no other; what is made of nothing left out."""
+    known = _constants(jaxpr)
     for eqn in jaxpr.eqns:
+        if eqn.outvars and all(v in known for v in eqn.outvars):
+            continue
         if eqn.primitive.name in ("scan", "shard_map"):
             yield eqn, size
         else:

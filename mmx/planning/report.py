@@ -18,7 +18,7 @@ from mmx.planning.aot import Compiled
 from mmx.planning.memory import Work, work
 from mmx.planning.programs import Program, Request, build
 from mmx.planning.roofline import Roofline, roofline
-from mmx.planning.walk import Collective, count
+from mmx.planning.walk import Collective, count, live
 
 LARGE = 0.05  # of the memory: from here on an array is worth a warning
 
@@ -68,9 +68,9 @@ def make_plan(ask: Request, compiled: Compiled | None = None) -> Plan:
       ValueError: sizes that the mesh cannot share evenly.
     """
     program = build(ask, folded=True)
-    traced = program.trace()
-    counts = count(traced.jaxpr, program.facts)
-    needs = work(program, traced.jaxpr.jaxpr)
+    jaxpr = live(program.trace().jaxpr)
+    counts = count(jaxpr, program.facts)
+    needs = work(program, jaxpr)
     memory = _memory(program, needs)
     messages = [*counts.collectives, *implicit.messages(program)]
     if compiled is not None and compiled.messages:
@@ -130,6 +130,13 @@ def _warnings(
                 f"a loop keeps {shape} of all its turns, {decimal(int(size))} ({_tail(scope)}): is "
                 "it hoisted out of the backward pass?"
             )
+    before = sum(size for size, _, _ in needs.hoisted)
+    if before > LARGE * capacity:
+        _, scope, shape = needs.hoisted[0]
+        found.append(
+            f"{decimal(int(before))} are made before the loop over the layers and kept for all its "
+            f"turns unless the compiler moves them back; the largest is {shape} ({_tail(scope)})"
+        )
     if room[1] > 2 and room[0] > LARGE / 4 * capacity:
         found.append(
             f"experts make room for {room[1]:.0f} times the rows they get when all get the same; "
@@ -223,6 +230,15 @@ def render(plan: Plan, advice: Sequence[tuple[str, int, bool]] = ()) -> Group:
         *_speed(plan),
         *_verdict(plan, advice),
     )
+
+
+def render_memory(plan: Plan, advice: Sequence[tuple[str, int, bool]]) -> Group:
+    """What is of use when memory has run out: the bytes, and what would help."""
+    helps = [
+        Text(f"  {setting}: {decimal(total)} instead of {decimal(plan.total)}")
+        for setting, total, _ in advice
+    ]
+    return Group(_memory_table(plan), _largest_table(plan), Text("what would help"), *helps)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -163,10 +163,15 @@ class Facts:
     accumulation: int = 1
 
 
-def count(closed: ClosedJaxpr, facts: Facts | None = None) -> Counts:
-    """Everything a traced program does; what nobody reads is left out, as XLA does."""
-    counts = Counts()
+def live(closed: ClosedJaxpr) -> Jaxpr:
+    """A traced program without what nobody reads, as XLA will have it."""
     jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    return jaxpr
+
+
+def count(jaxpr: Jaxpr, facts: Facts | None = None) -> Counts:
+    """Everything a program does; see `live`."""
+    counts = Counts()
     _Walk(facts or Facts(), counts).run(jaxpr, Site())
     for part in ("lightning", "softmax"):
         backward = counts.flops_backward[part]
