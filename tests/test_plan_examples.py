@@ -151,8 +151,9 @@ def test_other_errors_pass_through():
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 100.50G of 95.73G hbm.",
          "HBM is too small", int(100.5 * 2**30)),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem, kernel_name=lightning_forward "
-         "Used 160.00M of 127.94M vmem.", "in the kernel lightning_forward", 160 * 2**20),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem, "
+         "kernel_name=lightning_forward Used 160.00M of 127.94M vmem.",
+         "in the kernel lightning_forward", 160 * 2**20),
     ],
 )  # fmt: skip
 def test_a_compiler_without_memory_is_understood(message, reason, needed):

@@ -12,8 +12,9 @@ from typing import Any
 
 from jax.extend.core import Jaxpr, Literal
 
+from mmx.planning.equations import inner_jaxprs, size_of
 from mmx.planning.programs import Program
-from mmx.planning.walk import COLLECTIVES, inner_jaxprs, layer_of
+from mmx.planning.walk import COLLECTIVES, layer_of
 
 # Their results are views of an operand.
 _VIEWS = frozenset(
@@ -60,7 +61,7 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
         if eqn.primitive.name == "shard_map":
             # The head: what its forward pass leaves is there during its backward pass.
             (body,) = inner_jaxprs(eqn)
-            most = max(most, head + _peak(body, local_size))
+            most = max(most, head + _peak(body, size_of))
             head += sum(_results(eqn, inside))
             continue
         scan, body = eqn, eqn.params["jaxpr"].jaxpr
@@ -133,12 +134,6 @@ def _outermost(jaxpr: Jaxpr, size: Size) -> Iterator[tuple[Any, Size]]:
                 yield from _outermost(inner, size)
 
 
-def local_size(v: Any) -> float:
-    """Bytes of an array that is one device's already."""
-    shape, dtype = getattr(v.aval, "shape", ()), getattr(v.aval, "dtype", None)
-    return math.prod(shape) * getattr(dtype, "itemsize", 0)
-
-
 def _device_size(program: Program) -> Size:
     """Bytes on a device of an array outside of `shard_map`, whose split is the compiler's choice.
 
@@ -154,7 +149,7 @@ def _device_size(program: Program) -> Size:
                 shards[shape] = max(shards.get(shape, 1), entry.shards)
 
     def size(v: Any) -> float:
-        whole = local_size(v)
+        whole = size_of(v)
         shape = getattr(v.aval, "shape", ())
         if shape in shards and len(shape) > 1:
             return whole / shards[shape]
@@ -216,7 +211,7 @@ def _results(eqn: Any, size: Size) -> list[float]:
     if eqn.primitive.name != "shard_map":
         return [size(v) for v in eqn.outvars]
     (body,) = inner_jaxprs(eqn)
-    return [0.0 if isinstance(v, Literal) else local_size(v) for v in body.outvars]
+    return [0.0 if isinstance(v, Literal) else size_of(v) for v in body.outvars]
 
 
 def _is_array(eqn: Any, v: Any, readers: dict, ends: set) -> bool:
@@ -231,7 +226,7 @@ def _bodies(eqn: Any) -> Iterator[Jaxpr]:
 
 
 def _inside(eqn: Any, size: Size) -> Size:
-    return local_size if eqn.primitive.name == "shard_map" else size
+    return size_of if eqn.primitive.name == "shard_map" else size
 
 
 def _arrays(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str, str]]:

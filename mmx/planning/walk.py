@@ -11,12 +11,26 @@ outside of `shard_map` is not seen.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.interpreters.partial_eval as pe
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from mmx.planning.equations import (
+    dot_flops,
+    equations,
+    fixed_turns,
+    groups_used,
+    inner_jaxprs,
+    opened,
+    product_flops,
+    products,
+    size_of,
+    stored_size,
+    visited_share,
+)
 
 PARTS = ("lightning", "softmax", "experts", "dense", "head", "optimizer", "other")
 # Of a scope, inside the names of a path; the first that is there.
@@ -210,14 +224,14 @@ class _Walk:
             turns = self.turns(eqn, site)
             self.run(eqn.params["body_jaxpr"].jaxpr, _replaced(site, times=site.times * turns))
         elif name == "cond":
-            self.run(max((b.jaxpr for b in eqn.params["branches"]), key=_weight), site)
+            self.run(max((b.jaxpr for b in eqn.params["branches"]), key=product_flops), site)
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
             manual = eqn.params.get("manual_axes") or mesh.axis_names
             sizes = {axis: mesh.shape[axis] for axis in manual}
             devices = site.devices * math.prod(sizes.values())
             inner = _replaced(site, devices=devices, axis_sizes={**site.axis_sizes, **sizes})
-            self.run(_open(eqn.params["jaxpr"]), inner)
+            self.run(opened(eqn.params["jaxpr"]), inner)
         elif name == "pallas_call":
             self.kernel(eqn, site)
         elif name in COLLECTIVES:
@@ -230,7 +244,7 @@ class _Walk:
             self.add(site, flops, self.traffic(eqn, made))
         elif name in _MOVES:
             # In place but for what is new.
-            size = 2 * _bytes(eqn.invars[1] if name == "dynamic_update_slice" else eqn.outvars[0])
+            size = 2 * size_of(eqn.invars[1] if name == "dynamic_update_slice" else eqn.outvars[0])
             self.add(site, 0, size)
         else:
             for inner in inner_jaxprs(eqn):
@@ -247,7 +261,7 @@ class _Walk:
 
     def traffic(self, eqn: Any, made: dict) -> float:
         """Operands and results of a product; an operand that is cast on the way as it is stored."""
-        return sum(_stored(v, made) for v in eqn.invars) + sum(map(_bytes, eqn.outvars))
+        return sum(stored_size(v, made) for v in eqn.invars) + sum(map(size_of, eqn.outvars))
 
     def collective(self, eqn: Any, site: Site) -> None:
         params = eqn.params
@@ -259,9 +273,9 @@ class _Walk:
         kind = COLLECTIVES[eqn.primitive.name]
         pairs = zip(eqn.invars, eqn.outvars, strict=False)
         for operand, result in [(eqn.invars[0], eqn.outvars[0])] if "ragged" in kind else pairs:
-            size = max(_bytes(operand), _bytes(result))
+            size = max(size_of(operand), size_of(result))
             if kind == "ragged-all-to-all":  # the rows there are, not the room for them
-                rows = min(_bytes(operand), _bytes(result))
+                rows = min(size_of(operand), size_of(result))
                 self.counts.room = max(self.counts.room, (size, size / rows))
                 size = rows
             entry = self.counts.messages[kind, axes, part_of_names(site.names)]
@@ -270,13 +284,13 @@ class _Walk:
 
     def kernel(self, eqn: Any, site: Site) -> None:
         """A Pallas kernel: its own estimate if it has one, else its products times its grid."""
-        moved = sum(map(_bytes, (*eqn.invars, *eqn.outvars)))
+        moved = sum(map(size_of, (*eqn.invars, *eqn.outvars)))
         estimate = eqn.params.get("cost_estimate")
         if estimate is None:
             grid = [size for size in eqn.params["grid_mapping"].grid if isinstance(size, int)]
             once = Counts()
-            _Walk(Facts(), once).run(_open(eqn.params["jaxpr"]), Site())
-            flops = sum(once.flops.values()) * math.prod(grid) * _visited(eqn, grid)
+            _Walk(Facts(), once).run(opened(eqn.params["jaxpr"]), Site())
+            flops = sum(once.flops.values()) * math.prod(grid) * visited_share(eqn, grid)
         else:
             flops = estimate.flops
             if "grouped_matmul" in site.names:
@@ -293,8 +307,8 @@ class _Walk:
         moved = 0.0
         for v in arrays:
             groups = v.aval.shape[0]
-            used = share if v.aval.ndim == 2 else max(1.0, _used(groups, rows)) / groups
-            moved += _bytes(v) * used
+            used = share if v.aval.ndim == 2 else max(1.0, groups_used(groups, rows)) / groups
+            moved += size_of(v) * used
         return flops * share, moved
 
     def rows(self, room: int, site: Site) -> float:
@@ -304,11 +318,11 @@ class _Walk:
 
     def turns(self, eqn: Any, site: Site) -> float:
         """How often a while loop turns."""
-        fixed = _fixed_turns(eqn)
+        fixed = fixed_turns(eqn)
         if fixed is not None:
             return fixed
         body = eqn.params["body_jaxpr"].jaxpr
-        first = next(_products(body), None)
+        first = next(products(body), None)
         if "grouped_matmul" in site.names and first is not None:
             return self.blocks(first, eqn, site)
         if "attend" in site.names and first is not None:
@@ -319,7 +333,7 @@ class _Walk:
             return max(1, self.facts.context / block)
         if not site.names and first is not None:
             return self.facts.accumulation
-        if first is not None or any(e.primitive.name in COLLECTIVES for e in _all(body)):
+        if first is not None or any(e.primitive.name in COLLECTIVES for e in equations(body)):
             self.counts.unknown.add("/".join(site.names))
         return 1
 
@@ -330,97 +344,8 @@ class _Walk:
         room = max((s[0] for s in shapes if len(s) == 2), default=1)
         size = product.invars[0].aval.shape[0]
         rows = self.rows(room, site)
-        used = max(1.0, _used(groups, rows))
+        used = max(1.0, groups_used(groups, rows))
         return used * math.ceil(rows / used / size - 1e-9)
-
-
-# ---------------------------------------------------------------- equations
-
-
-def dot_flops(eqn: Any) -> float:
-    """2 x batch x rows x columns x inner of a dot_general."""
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * inner
-
-
-def inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
-    """The jaxprs in an equation's parameters, that of a derivative not taken left out."""
-    if eqn.primitive.name.startswith(("custom_vjp_call", "custom_jvp_call")):
-        yield _open(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")))
-        return
-    for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, ClosedJaxpr | Jaxpr):
-                yield _open(one)
-
-
-def _open(jaxpr: Any) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-
-
-def _all(jaxpr: Jaxpr) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in inner_jaxprs(eqn):
-            yield from _all(inner)
-
-
-def _products(jaxpr: Jaxpr) -> Iterator[Any]:
-    return (eqn for eqn in _all(jaxpr) if eqn.primitive.name == "dot_general")
-
-
-def _weight(jaxpr: Jaxpr) -> float:
-    return sum(map(dot_flops, _products(jaxpr)))
-
-
-def _bytes(v: Any) -> float:
-    shape = getattr(v.aval, "shape", ())
-    dtype = getattr(v.aval, "dtype", None)
-    return math.prod(shape) * getattr(dtype, "itemsize", 0)
-
-
-def _stored(v: Any, made: dict) -> float:
-    size = _bytes(v)
-    while not isinstance(v, Literal) and v in made:
-        eqn = made[v]
-        if eqn.primitive.name not in ("convert_element_type", "reshape", "transpose", "squeeze"):
-            break
-        v = eqn.invars[0]
-        size = min(size, _bytes(v))
-    return size
-
-
-def _used(groups: int, rows: float) -> float:
-    """Groups that any of so many rows is in, when each goes anywhere alike."""
-    return groups * (1 - (1 - 1 / groups) ** rows)
-
-
-def _fixed_turns(eqn: Any) -> int | None:
-    """Turns of a loop from a number to a number, as `fori_loop` writes it."""
-    cond = eqn.params["cond_jaxpr"].jaxpr
-    if len(cond.eqns) != 1 or cond.eqns[0].primitive.name != "lt":
-        return None
-    consts, body_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    given = (*eqn.invars[:consts], *eqn.invars[consts + body_consts :])
-    known = dict(zip(cond.invars, given, strict=True))
-    ends = [v if isinstance(v, Literal) else known.get(v) for v in cond.eqns[0].invars]
-    if not all(isinstance(end, Literal) for end in ends):
-        return None
-    first, last = (int(end.val) for end in ends)  # pyright: ignore[reportOptionalMemberAccess]
-    return max(0, last - first)
-
-
-def _visited(eqn: Any, grid: list[int]) -> float:
-    """The share of its grid that splash attention computes: causal blocks, given their table."""
-    if "splash" not in str(eqn.params.get("name_and_src_info", eqn.params.get("name", ""))):
-        return 1
-    tables = [v.aval.shape for v in eqn.invars if str(getattr(v.aval, "dtype", "")) == "int8"]
-    if not tables:
-        return 1
-    rows, columns = tables[0][-2:]
-    seen = sum(min(columns, math.ceil((row + 1) * columns / rows)) for row in range(rows))
-    return seen / (rows * columns)
 
 
 def _replaced(site: Site, **changes: Any) -> Site:
