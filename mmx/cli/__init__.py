@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
+    "plan": "whether a program fits a machine that is not here, and how fast it could be",
     "generate": "continue a prompt with a checkpoint or a run",
     "chat": "talk with a checkpoint in a terminal",
     "serve": "answer requests over HTTP, as OpenAI's clients send them",

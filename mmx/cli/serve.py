@@ -105,15 +105,18 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
     from mmx.inference.text import longest_token
+    from mmx.planning.exhausted import explained, of_engine
 
     # Where the template lies is nobody's business out there.
     template = dataclasses.replace(load_chat_template(options.path), file="the model")
     config, params = load_model(options.path, options)
     room = _room(options, config)
     check_memory(config, params, room, show=True)
-    engine = room.engine(config, params, tokenizer=tokenizer)
-    if options.warm_up:
-        _warm_up(engine)
+    tokens = room.pages * room.page_size
+    with explained(lambda: of_engine(config, params, rows=room.rows, tokens=tokens)):
+        engine = room.engine(config, params, tokenizer=tokenizer)
+        if options.warm_up:
+            _warm_up(engine)
     longest = longest_token(tokenizer)
     served = Served(
         name=options.model_name or options.path.resolve().name,

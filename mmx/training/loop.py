@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from mmx.data.batches import Batches
 from mmx.data.shards import Manifest, write_atomic
 from mmx.model import Params
+from mmx.planning.exhausted import explained, of_training
 from mmx.training import metrics as measuring
 from mmx.training.agreement import as_first, compile_together, signals, stop_agreed
 from mmx.training.checkpoint import Checkpoints, SaveFailed
@@ -93,8 +94,10 @@ def train(
       ValueError: the folder belongs to another model or corpus, or cannot be written.
       TrainingStopped: `max_skipped` bad steps in a row.
       SaveFailed: the last checkpoint could not be written.
+      MemoryExhausted: on a device; a plan of what would help is on stderr.
     """
     with ExitStack() as stack:
+        stack.enter_context(explained(lambda: of_training(plan, partition)))
         run = _open(plan, run_dir, data, heldout, manifest, params, partition, stack)
         stop = stack.enter_context(signals())
         run.measure_before()
