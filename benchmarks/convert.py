@@ -42,10 +42,8 @@ BLOCK = 16 << 20
 
 
 def make_config(size: float) -> ModelConfig:
-    """Of about so many bytes in bf16: 'bench-4b' with as many superblocks as it takes."""
-    base = dataclasses.replace(
-        mmx.preset("bench-4b"), layer_kinds=("lightning",) * 3 + ("softmax",)
-    )
+    """Of about so many bytes in bf16: as wide as 'bench-4b', as deep as it takes."""
+    base = dataclasses.replace(mmx.preset("bench-4b"), layer_kinds=("lightning", "softmax"))
     one, _ = mmx.count_params(base)
     two, _ = mmx.count_params(dataclasses.replace(base, layer_kinds=base.layer_kinds * 2))
     blocks = max(1, round((size / 2 - one) / (two - one)) + 1)

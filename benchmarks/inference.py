@@ -69,6 +69,7 @@ class Setting:
       prompt: tokens of 'prefill', 'engine' and 'peer'; chunk: read at once.
       new: tokens to generate; steps: of a dispatch.
       repeats: dispatches timed.
+      copied, matmul: numbers of the copy and side of the product of 'ceilings'.
     """
 
     config: ModelConfig
@@ -81,14 +82,15 @@ class Setting:
     new: int
     steps: int
     repeats: int
-    seconds: float
+    copied: int = 1 << 30
+    matmul: int = 8192
 
 
 # ---------------------------------------------------------------- the parts
 
 
 def ceilings(emit: Emit, setting: Setting) -> None:
-    emit(copy_GBs=copy_bandwidth(), matmul_TFLOPs=matmul_rate())
+    emit(copy_GBs=copy_bandwidth(setting.copied), matmul_TFLOPs=matmul_rate(setting.matmul))
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -351,7 +353,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
     if options.smoke:
         config = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
         return Setting(config, config, ((1, 256), (3, 512)), (512,),
-                       (256, 512, 2048), 1024, 256, 8, 2, 2, 0.1)  # fmt: skip
+                       (256, 512, 2048), 1024, 256, 8, 2, 2, 1 << 20, 256)  # fmt: skip
     contexts = (
         *((1, n) for n in (1024, 8192, 32_768, 1 << 18, 1 << 20, 4_000_000)),
         *((rows, 1024) for rows in (2, 4, 8, 16, 32, 64, 128, 256)),
@@ -369,7 +371,6 @@ def make_setting(options: argparse.Namespace) -> Setting:
         new=256,
         steps=options.steps,
         repeats=5,
-        seconds=3,
     )
 
 

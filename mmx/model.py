@@ -92,30 +92,42 @@ def abstract_params(config: ModelConfig, *, dtype: jnp.dtype | None = None) -> P
     return jax.tree.map(lambda spec: spec.abstract(wanted), param_specs(config))
 
 
-def init_params(config: ModelConfig, key: jax.Array, *, dtype: jnp.dtype | None = None) -> Params:
+def init_params(
+    config: ModelConfig,
+    key: jax.Array,
+    *,
+    dtype: jnp.dtype | None = None,
+    shardings: Any = None,
+) -> Params:
     """Random parameters: Xavier normal matrices (paper, section 4.2), norm scales of one.
 
     Args:
       key: a `jax.random.key`; a leaf's values depend on it and on the leaf's name alone.
       dtype: fp32 when None. Router weights are fp32 always.
+      shardings: of every parameter (`mmx.placement`): made where they lie, whole on no device, with
+        the same values. None makes them on one device.
     """
     wanted = jnp.dtype(dtype or jnp.float32)
 
-    def leaf(path, spec: ParamSpec):
+    def leaf(path, spec: ParamSpec, sharding=None):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         abstract = spec.abstract(wanted)
-        return _init_leaf(leaf_key, abstract.shape, abstract.dtype, spec.std)
+        return _init_leaf(leaf_key, abstract.shape, abstract.dtype, spec.std, sharding)
 
-    return jax.tree_util.tree_map_with_path(leaf, param_specs(config))
+    trees = [param_specs(config), *([] if shardings is None else [shardings])]
+    return jax.tree_util.tree_map_with_path(leaf, *trees)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _init_leaf(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _init_leaf(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float, sharding: Any
+) -> jax.Array:
     # Leaf by leaf: one jitted init of the whole tree compiles for minutes.
-    if not std:
-        return jnp.ones(shape, dtype)
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    values = jnp.ones(shape, dtype)
+    if std:
+        values = (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return values if sharding is None else jax.lax.with_sharding_constraint(values, sharding)
 
 
 def count_params(config: ModelConfig) -> tuple[int, int]:
@@ -171,8 +183,8 @@ def forward(
         same numbers. None runs where the arrays are.
 
     Raises:
-      ValueError: tokens, mask or segment ids of the wrong shape, dtype or range; a full cache; sizes
-        that the devices of the partition cannot share evenly.
+      ValueError: tokens, mask or segment ids of the wrong shape, dtype or range; a full cache;
+        sizes that the devices of the partition cannot share evenly.
     """
     check_tokens(tokens, config, mask=mask, segment_ids=segment_ids)
     if cache is not None:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,13 +29,14 @@ from mmx.data.shards import Manifest, file_sha256, write_atomic
 from mmx.data.tokenizer import load_tokenizer
 from mmx.evaluation.needles import needle_accuracy
 from mmx.model import Params
+from mmx.placement import RuleName, make_partition
 from mmx.training.evaluation import HeldOut
 from mmx.training.loop import Result, train
-from mmx.training.placement import default_placement
 from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
 from recipes import command
+from sharding import MeshConfig, Partition
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class ExtendContext:
     """What the backward pass computes again."""
     capacity_factor: float | None = None
     """Tokens an expert takes, as a multiple of its even share; none: no token is dropped."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices along each axis of the mesh; -1 takes what the others leave."""
+    rules: RuleName = "long_context"
+    """What the axes split."""
     seed: int = 0
     """Of documents, data order and needles."""
     save_every: int = 100
@@ -109,6 +114,7 @@ PRESETS = {
         needles=4,
         compute_dtype="float32",
         remat="none",
+        mesh=MeshConfig(fsdp=1, seq=-1),
     ),
     # Lengths, bases, mixes and tokens (300B, 32B, 26B, here in steps of 128M) are the paper's. It
     # does not give the learning rate: this is where its pretraining ends.
@@ -171,6 +177,13 @@ def corpus_of(recipe: ExtendContext, config: ModelConfig) -> Manifest:
     return manifest
 
 
+def partition_of(
+    recipe: ExtendContext, config: ModelConfig, rows: int, seq_len: int
+) -> Partition | None:
+    """How work on so many rows of such a length is spread over the devices."""
+    return make_partition(recipe.mesh, recipe.rules, config, rows=rows, seq_len=seq_len)
+
+
 def weights_of(recipe: ExtendContext) -> tuple[Weights, ...]:
     """Shares of the sources in each stage."""
     return extension_weights(
@@ -184,6 +197,8 @@ def run(recipe: ExtendContext) -> list[dict[str, Any]]:
     """Extend, or go on; what was measured after each stage, also in RUN/extension.json."""
     weights = weights_of(recipe)
     config, params = load(recipe.from_run)
+    for stage in recipe.stages:  # before an hour's work
+        partition_of(recipe, config, stage.batch_size, stage.seq_len)
     base = corpus_of(recipe, config)
     print(f"long documents: in {recipe.run_dir / 'corpus'}", flush=True)
     long = build_long_corpus(
@@ -223,6 +238,7 @@ def run(recipe: ExtendContext) -> list[dict[str, Any]]:
         )
         text = json.dumps(reports, indent=1) + "\n"
         write_atomic(recipe.run_dir / "extension.json", text.encode())
+        print(f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}", flush=True)
     return reports
 
 
@@ -256,7 +272,7 @@ def _train(
             heldout,
             long,
             params=params,
-            placement=default_placement(stage.batch_size),
+            partition=partition_of(recipe, config, stage.batch_size, stage.seq_len),
         )
     finally:
         data.close()
@@ -267,11 +283,12 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
     """Held-out loss of text at the length the model comes from, in nats."""
     import jax
 
-    devices = jax.device_count()
+    rows = devices = jax.device_count()
+    rows *= max(1, 16 // devices)
     batches = Batches(
         base.folder,
         seq_len=recipe.short_len,
-        batch_size=devices * max(1, 16 // devices),
+        batch_size=rows,
         weights=None,
         seed=recipe.seed,
         split="heldout",
@@ -285,7 +302,7 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
             16,
             config,
             compute_dtype=recipe.compute_dtype,
-            placement=default_placement(devices),
+            partition=partition_of(recipe, config, rows, recipe.short_len),
         )
     finally:
         batches.close()
@@ -317,6 +334,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _told(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What a person wants to know of a stage: retrieval inside its length, beside the losses."""
+    needles = row["needles"]
+    return (
+        ("length", f"{row['seq_len']:,}"),
+        ("RoPE base", f"{row['rope_theta']:,.0f}"),
+        ("held-out loss", f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}"),
+        ("short text", f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}"),
+        ("retrieved", f"{sum(needles['exact']) / len(needles['exact']):.0%}"),
+        ("by depth", " ".join(f"{share:.0%}" for share in needles["exact"])),
+        ("loss of answers", f"{needles['loss']:.3f}"),
+    )
+
+
 def _report(recipe: ExtendContext, reports: Sequence[dict[str, Any]]) -> None:
     """One row a stage, and what to do next."""
     from rich.console import Console
@@ -324,18 +355,10 @@ def _report(recipe: ExtendContext, reports: Sequence[dict[str, Any]]) -> None:
 
     if not reports:
         return
-    columns = ("length", "RoPE base", "held-out loss", "short text", "retrieved", "by depth")
-    table = Table(*columns, title="after each stage; losses in nats, before -> after")
+    title = "after each stage; losses in nats, before -> after"
+    table = Table(*(name for name, _ in _told(reports[0])), title=title)
     for row in reports:
-        needles = row["needles"]
-        table.add_row(
-            f"{row['seq_len']:,}",
-            f"{row['rope_theta']:,.0f}",
-            f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}",
-            f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}",
-            f"{sum(needles['exact']) / len(needles['exact']):.0%}",
-            " ".join(f"{share:.0%}" for share in needles["exact"]),
-        )
+        table.add_row(*(value for _, value in _told(row)))
     Console().print(table)
     print(f"report: {recipe.run_dir / 'extension.json'}")
     last = recipe.run_dir / reports[-1]["run"]

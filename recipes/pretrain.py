@@ -11,7 +11,7 @@ the preset's schedule, whatever --steps says.
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from mmx.data.batches import Batches
 from mmx.data.corpus import build_default
 from mmx.data.mixing import Weights
 from mmx.data.shards import Manifest
+from mmx.placement import RuleName, make_partition
 from mmx.training.loop import Plan, Result, train
 from mmx.training.schedule import (
     BatchSchedule,
@@ -30,6 +31,7 @@ from mmx.training.schedule import (
 )
 from mmx.training.step import StepOptions
 from recipes import command
+from sharding import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Pretrain:
     """Of the squared logsumexp of the logits."""
     capacity_factor: float | None = None
     """Tokens an expert takes, as a multiple of its even share; none: no token is dropped."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Devices along each axis of the mesh; -1 takes what the others leave."""
+    rules: RuleName = "expert"
+    """What the axes split: see `mmx plan`."""
     initialisation: Literal["xavier", "deepnorm"] = "deepnorm"
     """Of the parameters."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -206,6 +212,9 @@ def run(recipe: Pretrain) -> Result:
     import jax
 
     config = preset(recipe.model)
+    partition = make_partition(
+        recipe.mesh, recipe.rules, config, rows=recipe.batch_size, seq_len=recipe.seq_len
+    )
     if recipe.seq_len > config.max_seq_len:
         raise ValueError(
             f"--seq-len {recipe.seq_len} is more than max_seq_len={config.max_seq_len} of the model"
@@ -225,7 +234,7 @@ def run(recipe: Pretrain) -> Result:
     heldout = batches(weights=None, max_epochs=1, split="heldout")
     plan = plan_of(recipe, len(manifest.sources))
     try:
-        return train(plan, recipe.run_dir, data, heldout, manifest)
+        return train(plan, recipe.run_dir, data, heldout, manifest, partition=partition)
     finally:
         data.close()
         heldout.close()

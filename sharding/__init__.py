@@ -1,9 +1,9 @@
 """Spreading arrays over a mesh by the names of their axes. Knows jax and `pallas_kernels` only.
 
 Arrays carry logical axes (`mmx.nn.layers.ParamSpec.axes`), `Rules` say which axes of a mesh split
-them, and a `Partition` is mesh and rules together. What works on shards and not by the compiler alone:
-`attention` (`lasp` and `ring` where the sequence is split), `experts` and `vocabulary`. These take
-global arrays and a partition, or None for one device.
+them, and a `Partition` is mesh and rules together. Most of a model is left to the compiler; what
+runs on the shards of each device is `attention` (`lasp` and `ring` where the sequence is split),
+`experts` and `vocabulary`. These take global arrays and a partition, or None for one device.
 """
 
 from sharding import attention as attention

@@ -236,12 +236,15 @@ def _attend_backward(ring: _Ring, saved, grad_out):
     q, k, v, ids, out, lse = saved
     here = jax.lax.axis_index(ring.axis_name)
 
+    # The definition has no backward pass by blocks; the portable form of it stands in.
+    implementation = "xla" if ring.implementation == "reference" else ring.implementation
+
     def gradients(queries, block: Block, *, causal):
         q, ids, *rest = queries
         k, v, kv_ids = block
         grads = pallas_kernels.attention_block_backward(
             q, k, v, *rest, causal=causal, segment_ids=ids, kv_segment_ids=kv_ids,
-            scale=ring.scale, implementation=ring.implementation,
+            scale=ring.scale, implementation=implementation,
         )  # fmt: skip
         grad_q, *grad_kv = (x.astype(accumulation_dtype(x.dtype)) for x in grads)
         return grad_q, tuple(grad_kv)

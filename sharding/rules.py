@@ -229,8 +229,10 @@ def _require_divisible(
     below = max(n for n in range(1, count) if size % n == 0)
     above = next((n for n in range(count, size + 1) if size % n == 0), None)
     nearest = f"{below}" if above is None else f"{below} or {above}"
+    padded = ""
+    if axis == "vocab":
+        padded = f"; or pad it to {-(-size // count) * count} words (padded_size)"
     raise ValueError(
         f"{name}: {axis!r} has size {size}, which {count} devices ({over}) cannot share evenly; "
-        f"the nearest that can are {nearest}; or store it padded to "
-        f"{-(-size // count) * count} (padded_size)"
+        f"the nearest numbers that can are {nearest}{padded}"
     )

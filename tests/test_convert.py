@@ -117,6 +117,17 @@ def test_random_checkpoints_of_the_released_form(dtype, shared, tied, tmp_path):
     assert_same(load(orbax)[1], load(source)[1])
 
 
+def test_m1_stays_m1(tmp_path):
+    """Its keys and schema are those of Text-01 under another name."""
+    source = small(tmp_path / "it", model_type="minimax_m1", architectures=["MiniMaxM1ForCausalLM"])
+    orbax = convert(source, tmp_path / "orbax", "--to", "orbax")
+    back = convert(orbax, tmp_path / "back", "--to", "hf-released")
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert digests(checkpoints.read_folder(back)) == digests(checkpoints.read_folder(source))
+    assert load(orbax)[0] == load(back)[0] == load(source)[0]
+    assert_same(load(orbax)[1], load(source)[1])
+
+
 @pytest.mark.parametrize("wanted", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("to", ["orbax", "hf-released"])

@@ -303,14 +303,16 @@ def test_two_at_once(source, tmp_path, capsys):
             assert "another process is converting to it" in line
 
 
-def test_half_a_conversion_is_not_mistaken_for_a_whole_one(source, tmp_path, monkeypatch):
+def test_half_a_conversion_is_not_mistaken_for_a_whole_one(source, tmp_path, monkeypatch, capsys):
     import mmx
 
     for to in TO:
         out = tmp_path / to
         interrupt(monkeypatch, source, out, to, OSError(errno.EIO, "Input/output error"))
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="unfinished conversion"):
             mmx.load(unfinished(out))
+        assert main(["inspect", str(unfinished(out))]) == 2
+        assert "unfinished conversion" in capsys.readouterr().err
         with pytest.raises(integrity.DamagedCheckpoint):
             integrity.verify(unfinished(out))
 

@@ -13,7 +13,7 @@ from mmx.inference.page_store import PageStore
 from mmx.inference.requests import Sampling
 from mmx.inference.snapshots import Snapshots
 
-OPTIONS = dict(max_seq_len=640, chunk=256, decode_steps=2)
+OPTIONS = dict(max_seq_len=640, pages=256, chunk=256, decode_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_a_hit_reads_what_is_new_and_no_more(monkeypatch):
 
 def test_random_schedules_with_prefixes(alone):
     """Pages for about two sequences and slots for two prefixes, which others evict."""
-    engine = make(Poisoned, pages=90, snapshots=2, **OPTIONS)
+    engine = make(Poisoned, snapshots=2, **{**OPTIONS, "pages": 90})
     known = [(p, s, r.tokens) for p, s, r in alone]
     chance = random.Random(4)
     for _ in range(25):

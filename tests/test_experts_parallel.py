@@ -123,8 +123,9 @@ def wanted(params, tokens, weights, grad, experts, kept):
     return out, grads
 
 
-def compiled(where, *, factor=None, compute=swiglu_experts, **options):
+def compiled(where, *, factor=None, compute=swiglu_experts, groups=1, **options):
     """(params, tokens, weights, grad, experts, is_token) -> output, gradients, kept."""
+    where = dataclasses.replace(where, expert_groups=groups)
 
     @jax.jit
     def run(params, tokens, weights, grad, experts, is_token):
@@ -317,8 +318,7 @@ def test_groups_do_not_wait_for_each_other(groups):
             param_axes={name: AXES[name] for name in params},
             compute=linear_experts,
             num_experts=E,
-            partition=where,
-            groups=groups,
+            partition=dataclasses.replace(where, expert_groups=groups),
         )
     )(tokens, weights, *routes()["even"])
     (body,) = (eqn.params["jaxpr"] for eqn in traced.eqns if eqn.primitive.name == "shard_map")

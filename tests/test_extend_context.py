@@ -4,12 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import train_runs
 
 from mmx.data import tokenizer as bpe
 from mmx.evaluation.needles import needle_accuracy
-from mmx.training.placement import Placement
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
 from recipes.extend_context import PRESETS, ExtendContext, Stage
@@ -39,9 +39,14 @@ def recipe_of(root: Path, manifest, name="long", **changes):
 @pytest.mark.slow
 def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypatch):
     root, manifest = pretrained
-    monkeypatch.setattr(extend_context, "default_placement", lambda rows: Placement())
+    monkeypatch.setattr(extend_context, "partition_of", lambda *_: None)
     recipe = recipe_of(root, manifest)
     reports = extend_context.run(recipe)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after ")]
+    for line, row in zip(lines, reports, strict=True):
+        assert f"after stage {row['stage']}: length {row['seq_len']}" in line
+        assert f"short text {row['short_loss_before']:.3f} -> {row['short_loss']:.3f}" in line
+        assert f"retrieved {np.mean(row['needles']['exact']):.0%}" in line
     assert json.loads((root / "long/extension.json").read_text()) == json.loads(json.dumps(reports))
     assert [row["seq_len"] for row in reports] == [128, 256]
     for row, stage in zip(reports, STAGES, strict=True):

@@ -215,14 +215,14 @@ def test_specs(ours, axes, shape, wanted):
             ("kv_heads",),
             (6,),
             "w: 'kv_heads' has size 6, which 4 devices (tensor=4) cannot share evenly; the nearest "
-            "that can are 3 or 6; or store it padded to 8 (padded_size)",
+            "numbers that can are 3 or 6",
         ),
         (
             rules.SERVING,
             ("kv_heads",),
             (8,),
             "w: 'kv_heads' has size 8, which 16 devices (expert=4 x tensor=4) cannot share evenly; "
-            "the nearest that can are 8; or store it padded to 16 (padded_size)",
+            "the nearest numbers that can are 8",
         ),
     ],
 )
@@ -251,7 +251,7 @@ def test_vocabulary_over_256_devices_is_padded_when_asked():
     only = [entry for entry in text_01() if entry[0] == "embed/embedding"]
     with refused(
         "embed/embedding: 'vocab' has size 200064, which 256 devices (tensor=256) cannot share "
-        "evenly; the nearest that can are 192 or 384; or store it padded to 200192 (padded_size)"
+        "evenly; the nearest numbers that can are 192 or 384; or pad it to 200192 words (padded_size)"
     ):
         rules.table(only, mesh, rules.TENSOR)
     (row,) = rules.table(only, mesh, rules.TENSOR, padded=("vocab",))

@@ -14,19 +14,18 @@ import pytest
 import truth
 from conversions import convert, load
 from golden_cases import LOGITS, close, golden
-from jax.sharding import NamedSharding
 from random_models import random_params, random_tokens, small_config
 
 import mmx
 from mmx.inference.engine import Engine
 from mmx.inference.quantize import param_bytes, quantize
 from mmx.integrity import DamagedCheckpoint
-from mmx.model import param_specs
+from mmx.placement import make_partition, param_shardings
 from mmx.nn import functional
 from mmx.nn.quantized import Int8, quantized
 from mmx.training.optimizer import OptimizerOptions
 from mmx.training.state import init_state
-from sharding.fsdp import fsdp_mesh, parameter_spec
+from sharding import MeshConfig
 
 CONFIG = small_config("lsls", shared_expert_dim=8, embed_dim=32)
 PARAMS = random_params(CONFIG, 0)
@@ -244,15 +243,11 @@ def test_bytes_of_the_released_width(name, layers):
 
 
 def test_sharded_parameters_stay_sharded():
-    mesh, config = fsdp_mesh(), small_config("s", embed_dim=32)
+    config = small_config("s", embed_dim=32)
     params = random_params(config, 0)
-
-    def place(spec, w):
-        return jax.device_put(
-            w, NamedSharding(mesh, parameter_spec(spec.shape, spec.axes, mesh.size))
-        )
-
-    sharded = jax.tree.map(place, param_specs(config), params)
+    partition = make_partition(MeshConfig(), "fsdp", config)
+    assert partition is not None
+    sharded = jax.device_put(params, param_shardings(config, partition))
     found = quantize(sharded, config)
     assert_same(found, quantize(params, config))
     was = sharded["blocks"]["layer_0"]["moe"]["up_proj"]

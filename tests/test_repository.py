@@ -103,7 +103,7 @@ def test_nobody_imports_tests():
 
 def test_third_party_imports_are_declared_dependencies():
     declared = {Requirement(text).name for text in PROJECT["project"]["dependencies"]}
-    for extra in ("hf", "parquet"):
+    for extra in ("hf", "parquet", "serve"):
         extras = PROJECT["project"]["optional-dependencies"][extra]
         declared |= {Requirement(text).name for text in extras}
     declared = {canonicalize_name(name) for name in declared}
@@ -168,9 +168,9 @@ def test_importing_everything_changes_no_setting():
 
 
 def test_public_names():
-    wanted = {"ModelConfig", "preset", "load", "Cache", "init_cache", "Engine", "Sampling", "generate",
-              "ForwardOutput", "abstract_params", "count_params", "forward", "init_params",
-              "loss"}  # fmt: skip
+    wanted = {"ModelConfig", "preset", "load", "Cache", "init_cache", "Engine", "Sampling",
+              "generate", "ForwardOutput", "abstract_params", "count_params", "forward",
+              "init_params", "loss"}  # fmt: skip
     assert wanted <= set(mmx.__all__)
     assert len(set(mmx.__all__)) == len(mmx.__all__)
     for name in mmx.__all__:

@@ -1,6 +1,7 @@
-"""The model over 8 CPU devices against one: logits, loss and every gradient, rows packed every way."""
+"""The model over 8 CPU devices against one: logits, loss, every gradient; rows packed every way."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from random_models import random_params, random_tokens, small_config
 from sharded import ROWS
 
-import mmx
-from mmx.model import param_specs
-from mmx.training.losses import loss_parts
-from sharding import MeshConfig, Partition, make_mesh, named, rules
+from mmx.model import param_specs, unembed
+from mmx.training import losses
+from mmx.training.losses import blockwise_token_losses
+from sharding import MeshConfig, Partition, constrain, make_mesh, named, rules
 
 CONFIG = small_config("ls", num_heads=8, num_kv_heads=4, shared_expert_dim=8)
 IDS = ROWS[:8]
@@ -27,7 +28,9 @@ CASES = {
     ),
     "seq 8": (rules.LONG_CONTEXT, dict(seq=8), {}),
     "seq 4, tensor 2": (rules.EXPERT, dict(seq=4, tensor=2), {}),
-    "seq over two axes": (rules.LONG_CONTEXT, dict(expert=2, seq=2, data=2), dict(capacity_factor=0.8)),
+    "seq over two axes": (
+        rules.LONG_CONTEXT, dict(expert=2, seq=2, data=2), dict(capacity_factor=0.8),
+    ),
     "serving": (rules.SERVING, dict(data=2, expert=2, tensor=2), dict(remat="superblock")),
 }  # fmt: skip
 
@@ -36,33 +39,45 @@ def partition_of(rules_, sizes, **options) -> Partition:
     return Partition(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})), rules_, **options)
 
 
-@functools.cache
-def params_of(tied: bool = False):
-    return random_params(CONFIG, 3)
+PARAMS = random_params(CONFIG, 3)
+BATCH = {"tokens": TOKENS, "segment_ids": IDS}
+# Half the compile time, which is nearly all of these tests'; lasp, ring and experts are tested with
+# every implementation in files of their own.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
-def program(partition, **options):
-    """Params -> logits, loss with its parts, gradients."""
+def spread(partition):
+    """The parameters on their devices."""
+    axes = jax.tree.map(lambda spec: spec.axes, param_specs(CONFIG))
+    return jax.device_put(PARAMS, named(PARAMS, axes, partition))
+
+
+def gradient_of(partition, **options):
+    """Jitted: params -> (loss, (its parts, logits)), gradients."""
 
     def value(params):
-        batch = {"tokens": TOKENS, "segment_ids": IDS}
-        total, parts = loss_parts(
-            params, batch, CONFIG, z_loss_coef=0.01, partition=partition, **options
-        )
-        return total, parts
+        seen = []
 
-    @jax.jit
-    def run(params):
-        forward = mmx.forward(params, TOKENS, CONFIG, segment_ids=IDS, partition=partition)
-        (total, parts), grads = jax.value_and_grad(value, has_aux=True)(params)
-        return forward.logits, total, parts, grads
+        def keep(params, x, *rest, **named):
+            logits = unembed(params, x, CONFIG)
+            seen.append(constrain(logits, "batch", "seq", "vocab", partition=partition))
+            return blockwise_token_losses(params, x, *rest, **named)
 
-    return run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(losses, "blockwise_token_losses", keep)
+            total, parts = losses.loss_parts(
+                params, BATCH, CONFIG, z_loss_coef=0.01, implementation="reference",
+                partition=partition, **options,
+            )  # fmt: skip
+        return total, (parts, *seen)
+
+    return jax.jit(jax.value_and_grad(value, has_aux=True))
 
 
 @functools.cache
 def one_device(capacity_factor):
-    return jax.device_get(program(None, capacity_factor=capacity_factor)(params_of()))
+    run = gradient_of(None, capacity_factor=capacity_factor).lower(PARAMS).compile(QUICK)
+    return jax.device_get(run(PARAMS))
 
 
 def close(seen, true):
@@ -78,14 +93,24 @@ def close(seen, true):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_loss_and_gradients_are_those_of_one_device(name):
     ours, sizes, options = CASES[name]
-    partition = partition_of(ours, sizes)
-    axes = jax.tree.map(lambda spec: spec.axes, param_specs(CONFIG))
-    params = jax.device_put(params_of(), named(params_of(), axes, partition))
-    logits, *seen = jax.device_get(program(partition, **options)(params))
-    true_logits, *true = one_device(options.get("capacity_factor"))
+    params = spread(partition := partition_of(ours, sizes))
+    run = gradient_of(partition, **options).lower(params).compile(QUICK)
+    (total, (parts, logits)), grads = jax.device_get(run(params))
+    (true_total, (true, true_logits)), true_grads = one_device(options.get("capacity_factor"))
     real = IDS[..., None] != 0  # logits at padding mean nothing
     close(np.where(real, logits, 0), np.where(real, true_logits, 0))
-    dropped = seen[1].stats.num_dropped
-    np.testing.assert_array_equal(dropped, true[1].stats.num_dropped)
+    dropped = parts.stats.num_dropped
+    np.testing.assert_array_equal(dropped, true.stats.num_dropped)
     assert (dropped > 0).all() == ("capacity_factor" in options)
-    close(seen, true)
+    close((total, parts, grads), (true_total, true, true_grads))
+
+
+def test_a_mesh_of_one_device_is_the_same_program():
+    """Operation by operation; what is added are annotations."""
+    partition = Partition(make_mesh(MeshConfig(), jax.devices()[:1]), rules.EXPERT)
+
+    def operations(partition):
+        text = gradient_of(partition, capacity_factor=0.8, loss_blocks=2).lower(PARAMS).as_text()
+        return re.findall(r"(?:stablehlo|chlo|func)\.\w+|sdy\.manual\w+", text)
+
+    assert operations(partition) == operations(None)

@@ -12,8 +12,8 @@ from random_models import random_params, random_tokens, small_config
 
 import mmx
 from mmx.model import backbone
-from mmx.nn.moe import within_capacity
 from mmx.training import losses
+from sharding.capacity import within_capacity
 
 SAME = 1e-6
 
@@ -42,9 +42,9 @@ def test_places_are_given_first_come_first_served(factor, tokens, num_experts, p
     scores = rng.normal(0, 1, (tokens, num_experts)) - np.arange(num_experts)
     experts = np.argsort(-scores, axis=1)[:, :per_token].astype(np.int32)
     for is_token in (np.ones(tokens, bool), rng.random(tokens) < 0.5, np.zeros(tokens, bool)):
-        seen = within_capacity(
-            jnp.asarray(experts),
-            jnp.asarray(is_token),
+        (seen,) = within_capacity(
+            jnp.asarray(experts)[None],
+            jnp.asarray(is_token)[None],
             num_experts=num_experts,
             capacity_factor=factor,
         )
@@ -54,9 +54,9 @@ def test_places_are_given_first_come_first_served(factor, tokens, num_experts, p
 
 def test_a_whole_number_of_places_is_not_rounded_up():
     """1.1 * 2 * 20 / 4 is 11 and in fp32 a little more."""
-    experts = jnp.tile(jnp.array([[0, 1]], jnp.int32), (20, 1))
-    kept = within_capacity(experts, jnp.ones(20, bool), num_experts=4, capacity_factor=1.1)
-    assert kept.sum(axis=0).tolist() == [11, 11]
+    experts = jnp.tile(jnp.array([[0, 1]], jnp.int32), (1, 20, 1))
+    kept = within_capacity(experts, jnp.ones((1, 20), bool), num_experts=4, capacity_factor=1.1)
+    assert kept[0].sum(axis=0).tolist() == [11, 11]
 
 
 CONFIG = small_config("l")

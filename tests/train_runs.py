@@ -15,11 +15,12 @@ from mmx.data.batches import Batches
 from mmx.data.corpus import build_corpus
 from mmx.data.parts import Recipe
 from mmx.data.shards import Manifest
+from mmx.placement import make_partition
 from mmx.training import loop
-from mmx.training.placement import Placement
 from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, Piece, constant, warm_up
 from mmx.training.step import StepOptions
+from sharding import MeshConfig, Partition
 
 CONFIG = ModelConfig(
     vocab_size=320,
@@ -41,11 +42,11 @@ _make_train_step = loop.make_train_step
 _one_program = functools.lru_cache(_make_train_step)
 
 
-def _shared(config, options, *, state_shardings=None):
+def _shared(config, options, *, partition=None):
     """One program for all the runs of a process on one device: they differ in their folders."""
-    if state_shardings is None:
+    if partition is None:
         return _one_program(config, options)
-    return _make_train_step(config, options, state_shardings=state_shardings)
+    return _make_train_step(config, options, partition=partition)
 
 
 loop.make_train_step = _shared
@@ -86,14 +87,14 @@ def plan(steps: int, **changes) -> Plan:
 
 
 def run(manifest: Manifest, folder: Path, steps: int, **changes) -> loop.Result:
-    """Train, or go on, up to a step; on one device unless `placement` says otherwise."""
-    placement = changes.pop("placement", Placement())
+    """Train, or go on, up to a step; on one device unless `partition` says otherwise."""
+    partition = changes.pop("partition", None)
     rows = {"seq_len": LENGTH, "batch_size": ROWS, "seed": 0}
     data = Batches(manifest.folder, weights=None, max_epochs=changes.pop("epochs", None), **rows)
     heldout = Batches(manifest.folder, weights=None, split="heldout", max_epochs=1, **rows)
     try:
         return loop.train(
-            plan(steps, **changes), folder, data, heldout, manifest, placement=placement
+            plan(steps, **changes), folder, data, heldout, manifest, partition=partition
         )
     finally:
         data.close()
@@ -135,7 +136,13 @@ def child(
     if kill_at:
         _kill_at(kill_at)
     # A killed run is compared bit for bit with one of this process' kind, on one device.
-    run(Manifest.load(shards), folder, steps, placement=Placement() if kill_at else None)
+    partition = None if kill_at else spread(MeshConfig())
+    run(Manifest.load(shards), folder, steps, partition=partition)
+
+
+def spread(mesh: MeshConfig) -> Partition | None:
+    """The partition of a run over all devices."""
+    return make_partition(mesh, "expert", CONFIG, rows=ROWS, seq_len=LENGTH)
 
 
 def _kill_at(step: int) -> None:

@@ -38,6 +38,13 @@ if [ "${1:-}" = tpu-compiler ]; then
         --no-deps --target .venv/libtpu libtpu
     exit
 fi
+if [ "${1:-}" = transformers ]; then
+    rm -rf .venv-transformers
+    "$uv" venv --quiet --no-project --python .venv/bin/python .venv-transformers
+    "$uv" pip install --quiet --python .venv-transformers/bin/python --torch-backend cpu \
+        torch 'transformers>=5.17' numpy
+    exit
+fi
 python=$(find_python)
 say "using $python"
 rm -rf .venv

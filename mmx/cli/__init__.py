@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
     "generate": "continue a prompt with a checkpoint or a run",
+    "chat": "talk with a checkpoint in a terminal",
     "serve": "answer requests over HTTP, as OpenAI's clients send them",
     "train": "train a preset from text to a checkpoint, or go on",
     "extend": "extend the context of a run in stages",

@@ -61,6 +61,8 @@ class Convert:
     """Patterns of keys that may be missing in SRC; they are left out of DST."""
     allow_extra: tuple[str, ...] = ()
     """Patterns of keys in SRC that have no place; they are dropped."""
+    max_header: str = "8MiB"
+    """What the header of a safetensors file of SRC may have, as --max-ram."""
     dry_run: bool = False
     """Print what becomes of every tensor, memory and sizes; read headers alone, write nothing."""
     resume: bool = False
@@ -74,10 +76,12 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Convert, prog="mmx convert", args=arguments)
     max_ram = parse_size(options.max_ram, "--max-ram")
     shard_size = parse_size(options.shard_size, "--shard-size")
+    max_header = parse_size(options.max_header, "--max-header")
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers {options.workers}: must be at least 1")
     # Imported late: what is wrong with an option is said at once.
     from mmx.convert.plan import Options, make_plan
+    from mmx.convert.safetensors_file import Limits
     from mmx.convert.source import open_source
     from mmx.convert.workplace import check_apart, check_destination
 
@@ -92,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
         allow_missing=options.allow_missing,
         allow_extra=options.allow_extra,
         read_data=not options.dry_run,
+        limits=Limits(header_bytes=max_header),
     )
     asked = Options(
         options.to, options.dtype, shard_size, options.experts, _mesh(options.mesh),

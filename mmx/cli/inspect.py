@@ -11,6 +11,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mmx import integrity
+from mmx.convert.memory import parse_size
+from mmx.convert.safetensors_file import Limits
 from mmx.convert.source import ALLOWED, Source, open_source
 from mmx.model import count_params
 
@@ -29,13 +31,18 @@ class Inspect:
 
     path: tyro.conf.Positional[Path]
     """A checkpoint of Hugging Face, one converted to Orbax, or the folder of a run."""
+    max_header: str = "8MiB"
+    """What the header of a safetensors file may have."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table; the exit code is 1 where the checkpoint is not complete."""
     options = tyro.cli(Inspect, prog="mmx inspect", args=arguments)
     any_key = ("*",)
-    source = open_source(options.path, allow_missing=any_key, allow_extra=any_key, read_data=False)
+    limits = Limits(header_bytes=parse_size(options.max_header, "--max-header"))
+    source = open_source(
+        options.path, allow_missing=any_key, allow_extra=any_key, read_data=False, limits=limits
+    )
     faults = list(_faults(source))
     table = Table(show_header=False, title=str(options.path))
     for name, text in (*_model_rows(source), *_tensor_rows(source)):

@@ -7,19 +7,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import tyro
 
+from mmx.cli.models import Room, Weights, check_memory, load_model, note
+
 if TYPE_CHECKING:
+    from mmx.config import ModelConfig
     from mmx.inference.engine import Engine
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 _KEY = 4096  # characters of an API key
+_LEAST = dict(rows=1, queue=0, max_seq_len=1, pages=1, page_size=1, decode_steps=1, snapshots=0,
+              max_body=1, connections=1, grace=0)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Serve:
+@dataclass(frozen=True, kw_only=True)
+class Serve(Weights):
     """Answer requests over HTTP, as OpenAI's clients send them, until SIGTERM or Ctrl-C."""
 
     path: tyro.conf.Positional[Path]
@@ -48,8 +53,6 @@ class Serve:
     """Tokens a sequence gets between two looks at what else there is to do."""
     snapshots: int = 8
     """Prefixes of prompts that are kept for later ones."""
-    dtype: Literal["as-stored", "fp32", "bf16"] = "as-stored"
-    """Of parameters and activations; state, router and logits are fp32 always."""
     warm_up: bool = True
     """Compile all programs before the first request."""
     max_body: int = 16 << 20
@@ -64,10 +67,11 @@ def main(arguments: Sequence[str]) -> int:
     """Serve until told to stop."""
     options = tyro.cli(Serve, prog="mmx serve", args=arguments)
     try:
+        import h11  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise ValueError("serving needs two more packages; pip install 'mmx[serve]'") from None
+        raise ValueError("serving needs more packages; pip install 'mmx[serve]'") from None
     _check(options)
     key = None if options.api_key_file is None else _read_key(options.api_key_file)
     listener = _listen(options.host, options.port)
@@ -78,10 +82,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(options: Serve) -> None:
-    for name in ("queue", "max_body", "connections", "grace"):
-        value, least = getattr(options, name), 0 if name in ("queue", "grace") else 1
-        if not least <= value < float("inf"):
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    if options.chunk < 256 or options.chunk & (options.chunk - 1):
+        raise ValueError(f"--chunk is {options.chunk}; it must be a power of two of at least 256")
 
 
 def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
@@ -94,11 +100,7 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     import asyncio
     import dataclasses
 
-    import jax.numpy as jnp
-
-    import mmx
     from mmx.inference.chat import load_chat_template
-    from mmx.inference.engine import Engine
     from mmx.inference.http_limits import Limits
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
@@ -106,20 +108,10 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
 
     # Where the template lies is nobody's business out there.
     template = dataclasses.replace(load_chat_template(options.path), file="the model")
-    dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
-    config, params = mmx.load(options.path, dtype=dtype)
-    engine = Engine(
-        config,
-        params,
-        rows=options.rows,
-        pages=options.pages,
-        max_seq_len=options.max_seq_len,
-        page_size=options.page_size,
-        chunk=options.chunk,
-        decode_steps=options.decode_steps,
-        snapshots=options.snapshots,
-        tokenizer=tokenizer,
-    )
+    config, params = load_model(options.path, options)
+    room = _room(options, config)
+    check_memory(config, params, room, show=True)
+    engine = room.engine(config, params, tokenizer=tokenizer)
     if options.warm_up:
         _warm_up(engine)
     longest = longest_token(tokenizer)
@@ -134,7 +126,7 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
         created=int(time.time()),
     )
     if key is None and options.host not in _LOCAL:
-        _note(f"whoever can reach {options.host} can use this server; give --api-key-file")
+        note(f"whoever can reach {options.host} can use this server; give --api-key-file")
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{listener.getsockname()[1]}"
 
@@ -153,7 +145,7 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
             limits=limits,
             grace=options.grace,
             ready=ready,
-            log=_note,
+            log=note,
         )
     )
     if not ended:
@@ -161,6 +153,16 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
         sys.stdout.flush()
         os._exit(0)
     return 0
+
+
+def _room(options: Serve, config: "ModelConfig") -> Room:
+    """Pages for one sequence of the longest kind, or for all rows with 4096 tokens each."""
+    longest = min(options.max_seq_len or config.max_seq_len, config.max_seq_len)
+    pages = options.pages or -(-max(longest, options.rows * 4096) // options.page_size)
+    return Room(
+        options.rows, pages, options.page_size, longest, options.chunk, options.decode_steps,
+        options.snapshots,
+    )  # fmt: skip
 
 
 def _warm_up(engine: "Engine") -> None:
@@ -173,9 +175,15 @@ def _warm_up(engine: "Engine") -> None:
         sizes.append(2 * sizes[-1])
     room = engine.max_seq_len - engine.decode_steps - 1
     sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
-    for size in sizes:
-        if size <= room:
-            engine.generate([[0] * size], sampling)
+    for size, smaller in zip(sizes, [0, *sizes[:-1]], strict=True):
+        # Short prompts are padded to a size, long ones are read in chunks of just that.
+        length = min(size, room) if size in PADDED else size
+        if not smaller < length <= room:
+            break
+        engine.snapshots.clear()  # or most of the prompt would not be read again
+        engine.generate([[0] * length], sampling)
+        if length > engine.snapshots.step:
+            engine.generate([[0] * length], sampling)  # a prefix is found
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 
@@ -211,8 +219,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(
             f"cannot listen on {host}:{port} ({reason}); choose another --host or --port"
         ) from None
-
-
-def _note(text: str) -> None:
-    text = " ".join(text.split())
-    print(f"mmx: note: {text if text.isprintable() else ascii(text)}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from mmx import integrity
+from mmx.convert.memory import parse_size
 from mmx.training import folders
 
 SHOWN = 10  # differences printed; all are counted
@@ -27,6 +28,8 @@ class Verify:
     """Another checkpoint to compare it with; digests are not looked at."""
     logits: int = 0
     """With two: also run this many tokens through both models, whole in memory one at a time."""
+    max_header: str = "8MiB"
+    """With two: what the header of a safetensors file may have."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.logits < 0:
         raise ValueError(f"--logits is {options.logits}; give a number of tokens")
     if options.other is not None:
-        same = _compare(options.path, options.other)
+        same = _compare(options.path, options.other, parse_size(options.max_header, "--max-header"))
         if options.logits:
             same &= _compare_logits(options.path, options.other, options.logits)
         return 0 if same else 1
@@ -82,15 +85,17 @@ def _checkpoints(path: Path) -> dict[str, Path]:
     return {f"step {step}": folder for step, folder in steps.items()}
 
 
-def _compare(path: Path, other: Path) -> bool:
+def _compare(path: Path, other: Path, max_header: int) -> bool:
     """Print what differs; whether nothing does."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     from mmx.convert.compare import Difference, compare, differing_fields, total_bytes
+    from mmx.convert.safetensors_file import Limits
     from mmx.convert.source import open_source
 
-    one, two = open_source(path), open_source(other)
+    limits = Limits(header_bytes=max_header)
+    one, two = open_source(path, limits=limits), open_source(other, limits=limits)
     fields = differing_fields(one, two)
     for field in fields:
         print(f"config: {field}")

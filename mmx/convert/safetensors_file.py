@@ -7,6 +7,7 @@ of a tensor is read by `pread` into a fresh array. `safetensors_writer` writes s
 
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ MAX_TENSOR_NAME = 1024  # characters
 MAX_DIMENSIONS = 64  # numpy's own
 _ENTRY = 4096  # characters of one tensor's description: 64 dimensions need 1,400
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_RANGES = re.compile(r'"data_offsets"\s*+:\s*+\[').finditer
 LENGTH = struct.Struct("<Q")
 
 
@@ -188,7 +190,7 @@ def _header_text(handle: int, file: Path, size: int, limits: Limits) -> tuple[st
     if length > limits.header_bytes:
         raise ValueError(
             f"{file}: its header has {length:,} bytes, and at most {limits.header_bytes:,} are "
-            "read; download it again"
+            "read; download it again, or let mmx convert read more with --max-header"
         )
     header = bytearray(length)
     if read_exactly(handle, memoryview(header), LENGTH.size) != length:
@@ -223,6 +225,10 @@ def _parse_header(
             raise JsonError(f"{printable(name)}: {error}") from None
         return position + length
 
+    # A valid header has one of these a tensor, and none else: where it says so at the first glance,
+    # too many are refused before any is parsed.
+    if sum(1 for _ in _RANGES(text)) > limits.tensors:
+        raise JsonError(f"more than {limits.tensors:,} tensors")
     # Beside the tensors the metadata, and the first tensor too many, of which `member` complains.
     end = walk_object(text, 0, member, most=limits.tensors + 2, what="names")
     if skip_space(text, end) != len(text):

@@ -26,6 +26,7 @@ from mmx.convert.checkpoint import (
 from mmx.convert.chunks import choose_chunk
 from mmx.convert.mapping import Entry, Layout
 from mmx.convert.safetensors_file import Limits
+from mmx.convert.workplace import JOURNAL
 
 Form = Literal["hf", "hf-released", "orbax", "run"]
 PARAMS, CARRIED = "params", "carried"
@@ -196,6 +197,7 @@ def open_source(
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
     read_data: bool = True,
+    limits: Limits | None = None,
 ) -> Source:
     """Open a checkpoint of any form; headers alone are read, but for the head of a tied model.
 
@@ -204,6 +206,7 @@ def open_source(
       allow_missing: patterns (as of a shell) of keys that need not be there.
       allow_extra: patterns of keys that may be there for nothing.
       read_data: compare the head of a tied model, where it is stored, with the embedding.
+      limits: what the headers of safetensors files may ask for.
 
     Raises:
       ValueError: a form that is not known, a missing or unexpected tensor, a wrong shape or dtype;
@@ -211,11 +214,16 @@ def open_source(
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a checkpoint is a folder with a config.json")
-    allowed = Allowed(tuple(allow_missing), tuple(allow_extra), read_data)
+    allowed = Allowed(tuple(allow_missing), tuple(allow_extra), read_data, limits or Limits())
     if is_run(folder):
         from mmx.convert.source_orbax import open_run
 
         return open_run(folder, allowed)
+    if (folder / JOURNAL).exists():
+        raise ValueError(
+            f"{folder}: holds an unfinished conversion; go on with it with the same command and "
+            "--resume"
+        )
     fields, config = read_config(folder)
     if is_orbax(folder):
         from mmx.convert.source_orbax import open_orbax
@@ -228,11 +236,12 @@ def open_source(
 
 @dataclass(frozen=True)
 class Allowed:
-    """Patterns of keys that may be missing or superfluous, and whether data may be read."""
+    """Patterns of keys that may be missing or superfluous, and what may be read."""
 
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     read_data: bool
+    limits: Limits
 
     def may_miss(self, key: str) -> bool:
         return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.missing)

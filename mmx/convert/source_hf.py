@@ -47,7 +47,7 @@ class _Safetensors:
 
 def open_hf(folder: Path, fields: dict[str, Any], config: ModelConfig, allowed: Allowed) -> Source:
     """A folder of safetensors, its tensors matched with those the config needs."""
-    checkpoint = SafetensorsFolder(folder)
+    checkpoint = SafetensorsFolder(folder, allowed.limits)
     names = _text_names(checkpoint)
     fused = any(name.endswith("mlp.experts.gate_up_proj") for name in names)
     layout: Layout = "fused" if fused else "separate"

@@ -5,6 +5,7 @@ closes on whoever is still sending, who then may not see why. These are bounded 
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import sys
@@ -29,9 +30,10 @@ class Limits:
       bodies: bytes of all requests that are being received or parsed.
       head: bytes of request line and headers.
       head_seconds, body_seconds: from the first byte to the last.
+      idle_seconds: between two requests of a connection.
       unread_seconds: for which a reader may take nothing of what is written.
       linger_seconds: for which one who was refused may go on sending, so that it reads why.
-      connections: at once; those above are told 503.
+      connections: at once; those above are told 503, those above twice as many nothing.
     """
 
     body: int = 16 << 20
@@ -39,6 +41,7 @@ class Limits:
     head: int = 16 << 10
     head_seconds: float = 10.0
     body_seconds: float = 60.0
+    idle_seconds: float = 30.0
     unread_seconds: float = 30.0
     linger_seconds: float = 2.0
     connections: int = 512
@@ -71,6 +74,9 @@ class _Bounded(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > 2 * self._limits.connections:
+            transport.abort()
+            return
         if len(self.connections) > self._limits.connections:
             self.app = _too_many
         self._watch(fresh=True)
@@ -81,9 +87,17 @@ class _Bounded(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:  # else it is thrown away
-            super().data_received(data)
-            self._watch()
+        if self._refused:
+            return  # what comes now is thrown away
+        super().data_received(data)
+        if (
+            self.conn.their_state is h11.DONE
+            and len(self.conn.trailing_data[0]) < self._limits.head
+        ):
+            # The next request came early. uvicorn reads no more then, and would not see that the
+            # client has gone.
+            self.flow.resume_reading()
+        self._watch()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -103,6 +117,7 @@ class _Bounded(H11Protocol):
         """Called where uvicorn cannot read a request."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
+        status = status if 400 <= status < 500 else 400  # it is the client's fault
         self._refuse(ApiError(status, f"this is no HTTP request ({error or msg})"))
 
     def _watch(self, *, fresh: bool = False) -> None:
@@ -111,8 +126,9 @@ class _Bounded(H11Protocol):
         owes = None
         if self._refused:
             owes = "silence"
-        elif state is h11.IDLE and (fresh or self.conn.trailing_data[0]):
-            owes = "head"
+        elif state is h11.IDLE:
+            # uvicorn's clock for idle connections stops at the rest of a body nobody waited for.
+            owes = "head" if fresh or self.conn.trailing_data[0] else "request"
         elif state is h11.SEND_BODY and self.conn.our_state is h11.DONE:
             owes = "silence"  # it has its answer and is still sending
         if owes == self._owes:
@@ -121,6 +137,8 @@ class _Bounded(H11Protocol):
         self._owes = owes
         if owes == "head":
             self._clock = self.loop.call_later(self._limits.head_seconds, self._head_late)
+        elif owes == "request":
+            self._clock = self.loop.call_later(self._limits.idle_seconds, self.transport.close)
         elif owes == "silence":
             self._clock = self.loop.call_later(self._limits.linger_seconds, self.transport.abort)
 
@@ -146,7 +164,7 @@ class _Bounded(H11Protocol):
             "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        if self.transport.can_write_eof():
+        with contextlib.suppress(OSError):  # it has gone already
             self.transport.write_eof()
         self._watch()
 
@@ -157,5 +175,6 @@ class _Bounded(H11Protocol):
 
 
 async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
-    error = ApiError(503, "too many connections; try again later", retry_after=1)
-    await error_response(error)(scope, receive, send)
+    response = error_response(ApiError(503, "too many connections; try again later", retry_after=1))
+    response.headers["connection"] = "close"  # the next one may find room
+    await response(scope, receive, send)

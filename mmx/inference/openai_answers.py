@@ -142,24 +142,31 @@ class Answer:
 
     def _logprobs(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The older form: lists beside each other, and offsets as if tokens were whole texts."""
-        texts = [self.spelling(one.token).decode(errors="replace") for one in found]
         offset, offsets = self._offsets.get(index, 0), []
-        for text in texts:
+        for one in found:
             offsets.append(offset)
-            offset += len(text)
+            offset += len(self.spelling(one.token).decode(errors="replace"))
         self._offsets[index] = offset
+        tops: list[dict[str, float]] = []
+        for one in found:
+            top: dict[str, float] = {}
+            for token, value in one.top:  # two tokens may have one spelling: the likelier stays
+                top.setdefault(self._name(token), _finite(value))
+            tops.append(top)
         return {
-            "tokens": texts,
+            "tokens": [self._name(one.token) for one in found],
             "token_logprobs": [_finite(one.logprob) for one in found],
-            "top_logprobs": [
-                {
-                    self.spelling(token).decode(errors="replace"): _finite(value)
-                    for token, value in one.top
-                }
-                for one in found
-            ],
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+    def _name(self, token: int) -> str:
+        """A token in the older form: parts of characters would all be the same text."""
+        spelled = self.spelling(token)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def sse(part: Mapping[str, Any]) -> bytes:

@@ -110,11 +110,11 @@ def parse_request(kind: Literal["completion", "chat"], body: bytes, served: Serv
             name = printable(name)
             raise bad(name, f"{name} is no field of this request", "unknown_field")
     fields = {name: value for name, value in fields.items() if value is not None}
-    for name, allowed in _ONLY.items():
-        if name in fields and not (name == "best_of" and fields[name] == fields.get("n")):
-            _check_only(name, fields[name], allowed)
     _check_model(fields, served)
     n = _integer(fields, "n", 1, MAX_N, 1)
+    for name, allowed in _ONLY.items():
+        if name in fields:
+            _check_only(name, fields[name], (n,) if name == "best_of" else allowed)
     stream, token_ids = _flag(fields, "stream"), _flag(fields, "return_token_ids")
     include_usage = _include_usage(fields, stream)
     options = _sampling_options(fields, served.config)

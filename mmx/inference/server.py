@@ -52,6 +52,7 @@ class Api:
         self._log = log
         self._spelling = Spelling(served.tokenizer)
         self._held = 0  # bytes of bodies
+        self.parsing = 0  # requests in the threads
         self._threads = ThreadPoolExecutor(_PARSERS, thread_name_prefix="mmx requests")
         self._routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
             "/health": ("GET", self._health),
@@ -176,6 +177,9 @@ class Api:
         if given != "application/json":
             # Also what keeps pages of other sites from asking: they may not send this unasked.
             raise ApiError(415, "content-type must be application/json")
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.limits.body:
+            raise self._too_large()
         body = bytearray()
         try:
             try:
@@ -186,21 +190,30 @@ class Api:
                 raise ApiError(408, "the body of the request did not come in time") from None
             self.service.check()
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
+            self.parsing += 1
+            work = loop.run_in_executor(
                 self._threads, parse_request, kind, bytes(body), self.served
             )
+            work.add_done_callback(self._parsed)
+            return await work
         finally:
             self._held -= len(body)
 
+    def _parsed(self, work: asyncio.Future[Asked]) -> None:
+        self.parsing -= 1
+
     def _hold(self, body: bytearray, piece: bytes) -> None:
         """What has come is counted: a length that was announced may be a lie."""
-        most = self.limits.body
-        if len(body) + len(piece) > most:
-            raise ApiError(413, f"the body must have at most {most:,} bytes", code="body_too_large")
+        if len(body) + len(piece) > self.limits.body:
+            raise self._too_large()
         if self._held + len(piece) > self.limits.bodies:
             raise ApiError(503, "too many large requests; try again later", retry_after=_RETRY)
         body += piece
         self._held += len(piece)
+
+    def _too_large(self) -> ApiError:
+        most = f"{self.limits.body:,}"
+        return ApiError(413, f"the body must have at most {most} bytes", code="body_too_large")
 
     def close(self) -> None:
         """Give up the threads."""
@@ -330,7 +343,7 @@ async def serve(
       ready: called with the service once requests are taken.
 
     Returns:
-      Whether the engine's thread has ended; else a step of it still runs.
+      Whether all threads have ended; else a step of the engine or of a tokenizer still runs.
     """
     loop = asyncio.get_running_loop()
     stop = stop or asyncio.Event()
@@ -348,6 +361,7 @@ async def serve(
         api, http=protocol(limits), ws="none", lifespan="off", loop="asyncio",  # pyright: ignore[reportArgumentType]
         h11_max_incomplete_event_size=limits.head, proxy_headers=False, server_header=False,
         log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
+        timeout_keep_alive=max(1, int(limits.idle_seconds)),
     )  # fmt: skip
     server = _Uvicorn(config, on_signal)
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -366,4 +380,4 @@ async def serve(
         server.should_exit = True
     await running
     api.close()
-    return not service.running
+    return not (service.running or api.parsing)

@@ -195,7 +195,7 @@ class Spelling:
 
     def __call__(self, token: int) -> bytes:
         """The bytes of a token; of a special one, its name."""
-        name = self._tokenizer.id_to_token(token) or ""
+        name = _name(self._tokenizer, token) or ""
         if token in self._special:
             return name.encode()
         return _spelled(name) if self._bytewise else decode(self._tokenizer, [token]).encode()
@@ -216,7 +216,7 @@ class _Bytes:
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token: int) -> bytes:
-        name = self._tokenizer.id_to_token(token)
+        name = _name(self._tokenizer, token)
         return b"" if name is None or token in self._special else _spelled(name)
 
 
@@ -270,6 +270,10 @@ def _guarded[Result](call: Callable[[], Result], what: str) -> Result:
     except BaseException as error:  # tokenizers raises bare Exception; a panic is not even that
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise ValueError(f"{what} ({reason})") from None
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str | None:
+    return _guarded(lambda: tokenizer.id_to_token(token), "the tokenizer cannot decode")
 
 
 def longest_token(tokenizer: Tokenizer) -> int | None:

@@ -15,8 +15,9 @@ from mmx.data.shards import write_atomic
 from mmx.inference.generation import generate
 from mmx.model import Params
 from mmx.training.losses import loss_parts
-from mmx.training.placement import Placement
+from mmx.training.placement import put_batch
 from mmx.training.step import ComputeDtype, compute_params
+from sharding import Partition
 
 TEMPERATURE = 0.8  # of samples: greedy text of a young model is one word again and again
 
@@ -31,7 +32,7 @@ class HeldOut:
         config: ModelConfig,
         *,
         compute_dtype: ComputeDtype,
-        placement: Placement,
+        partition: Partition | None = None,
         implementation: str | None = None,
     ):
         """Take the first `number` batches; fewer when the held-out text ends before.
@@ -47,11 +48,15 @@ class HeldOut:
         if not found:
             raise ValueError("the held-out split has no batch; build a larger corpus")
         self._batches = [
-            placement.put_batch({name: array[None] for name, array in batch.items()})
+            put_batch({name: array[None] for name, array in batch.items()}, partition)
             for batch in found
         ]
         self._loss = functools.partial(
-            _summed_loss, config=config, dtype=compute_dtype, implementation=implementation
+            _summed_loss,
+            config=config,
+            dtype=compute_dtype,
+            implementation=implementation,
+            partition=partition,
         )
 
     def loss(self, params: Params) -> float:
@@ -61,8 +66,8 @@ class HeldOut:
         return float(total / max(targets, 1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "implementation"))
-def _summed_loss(params, batch, *, config, dtype, implementation):
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "implementation", "partition"))
+def _summed_loss(params, batch, *, config, dtype, implementation, partition):
     """(summed cross entropy, targets) of one batch [1, b, T]."""
     _, parts = loss_parts(
         compute_params(params, config, dtype),
@@ -70,6 +75,7 @@ def _summed_loss(params, batch, *, config, dtype, implementation):
         config,
         implementation=implementation,
         statistics=False,
+        partition=partition,
     )
     return jnp.sum(parts.token_losses), parts.num_targets
 

@@ -35,10 +35,11 @@ from mmx.training.checkpoint import Checkpoints, SaveFailed
 from mmx.training.display import Display
 from mmx.training.evaluation import HeldOut, write_samples
 from mmx.training.logbook import Logbook
-from mmx.training.placement import Placement, default_placement, with_shardings
+from mmx.training.placement import put_batch, state_shardings, with_shardings
 from mmx.training.plan import Plan, device_numbers, opening_rows
 from mmx.training.state import TrainState, abstract_state, init_state
 from mmx.training.step import make_train_step, stack_micro_batches
+from sharding import Partition
 
 
 class TrainingStopped(ValueError):
@@ -72,7 +73,7 @@ def train(
     manifest: Manifest,
     *,
     params: Params | None = None,
-    placement: Placement | None = None,
+    partition: Partition | None = None,
 ) -> Result:
     """Train, or go on training, in a run folder.
 
@@ -86,7 +87,7 @@ def train(
       heldout: batches of the held-out split, or None.
       manifest: of the corpus; its tokenizer is copied into the folder.
       params: begin with these instead of random ones, when the folder has no checkpoint.
-      placement: of the arrays; None spreads them over all devices.
+      partition: over which devices to spread the work; None for one.
 
     Raises:
       ValueError: the folder belongs to another model or corpus, or cannot be written.
@@ -94,8 +95,7 @@ def train(
       SaveFailed: the last checkpoint could not be written.
     """
     with ExitStack() as stack:
-        placement = default_placement(plan.rows) if placement is None else placement
-        run = _open(plan, run_dir, data, heldout, manifest, params, placement, stack)
+        run = _open(plan, run_dir, data, heldout, manifest, params, partition, stack)
         stop = stack.enter_context(_signals())
         run.measure_before()
         while run.step < plan.steps and run.trouble is None and not _agreed(stop["asked"]):
@@ -118,7 +118,7 @@ def _open(
     heldout: Batches | None,
     manifest: Manifest,
     params: Params | None,
-    placement: Placement,
+    partition: Partition | None,
     stack: ExitStack,
 ) -> "_Run":
     """Restore or begin; everything that can be refused is refused here."""
@@ -131,7 +131,7 @@ def _open(
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run_dir}: {error.strerror}; choose another run folder") from None
-    shardings = placement.shardings(plan.config, plan.options.optimizer)
+    shardings = state_shardings(plan.config, plan.options.optimizer, partition)
     checkpoints = stack.enter_context(
         Checkpoints(run_dir / "checkpoints", keep=plan.keep, save_every=plan.save_every)
     )
@@ -143,15 +143,15 @@ def _open(
             plan.seed,
             initialisation=plan.initialisation,
             params=params,
+            shardings=shardings,
         )
-        state = placement.put_state(state, shardings)
     else:
         abstract = abstract_state(plan.config, plan.options.optimizer)
         identity = {name: plan.describe()[name] for name in ("model", "seq_len", "seed")}
         restored = checkpoints.restore(latest, with_shardings(abstract, shardings), config=identity)
         state = restored.state
         data.set_state(restored.data)
-    run = _Run(plan, run_dir, data, manifest, placement, shardings, checkpoints, state)
+    run = _Run(plan, run_dir, data, manifest, partition, checkpoints, state)
     run.open_logs(stack, resumed=latest is not None)
     if heldout is not None:
         run.heldout = HeldOut(
@@ -159,7 +159,7 @@ def _open(
             plan.heldout_batches,
             plan.config,
             compute_dtype=plan.options.compute_dtype,
-            placement=placement,
+            partition=partition,
             implementation=plan.options.implementation,
         )
     return run
@@ -174,15 +174,14 @@ class _Run:
         folder: Path,
         data: Batches,
         manifest: Manifest,
-        placement: Placement,
-        shardings: TrainState | None,
+        partition: Partition | None,
         checkpoints: Checkpoints,
         state: TrainState,
     ):
         self.plan, self.folder, self.data, self.manifest = plan, folder, data, manifest
-        self.placement, self.checkpoints, self.state = placement, checkpoints, state
+        self.partition, self.checkpoints, self.state = partition, checkpoints, state
         self.step = int(state.step)
-        self.program = make_train_step(plan.config, plan.options, state_shardings=shardings)
+        self.program = make_train_step(plan.config, plan.options, partition=partition)
         self.heldout: HeldOut | None = None
         self.heldout_before: float | None = None
         self.last_heldout: float | None = None
@@ -222,7 +221,7 @@ class _Run:
             total_steps=plan.steps, first_step=self.step + 1, tokens_per_step=tokens
         )
         stack.callback(self.display.close)
-        self.display.opening(opening_rows(plan, self.folder, self.step))
+        self.display.opening(opening_rows(plan, self.folder, self.step, self.partition))
 
     def measure_before(self) -> None:
         """The held-out loss before the first step, once in the life of a run."""
@@ -332,10 +331,10 @@ class _Run:
             )
             return None
         batch = stack_micro_batches(parts, self.plan.batches.max_accumulation)
-        return self.placement.put_batch(batch)
+        return put_batch(batch, self.partition)
 
     def _sample(self) -> None:
-        if self.placement.mesh is not None:
+        if self.partition is not None:
             return  # generation is a program for one device
         plan = self.plan
         write_samples(

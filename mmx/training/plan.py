@@ -16,6 +16,7 @@ from mmx.training.flops import peak_flops, train_flops_per_token
 from mmx.training.schedule import BatchSchedule
 from mmx.training.state import Initialisation
 from mmx.training.step import StepOptions
+from sharding import Partition
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class Plan:
         return json.loads(json.dumps(about))
 
 
-def opening_rows(plan: Plan, folder: Path, step: int) -> list[tuple[str, str]]:
+def opening_rows(
+    plan: Plan, folder: Path, step: int, partition: Partition | None = None
+) -> list[tuple[str, str]]:
     """What a person sees first: (name, value) of a table."""
     total, active = count_params(plan.config)
     accumulated = plan.batches.max_accumulation > 1
@@ -74,9 +77,14 @@ def opening_rows(plan: Plan, folder: Path, step: int) -> list[tuple[str, str]]:
     per_parameter = 12 + 2 * narrow + 4 * (1 + accumulated)
     kinds = "".join(kind[0].upper() for kind in plan.config.layer_kinds)
     devices = jax.devices()
+    mesh = []
+    if partition is not None:
+        sizes = [f"{axis} {size}" for axis, size in partition.mesh.shape.items() if size > 1]
+        mesh = [("mesh", f"{' x '.join(sizes)}, rules {partition.rules.name!r}")]
     return [
         ("run folder", f"{folder}{f', going on after step {step}' if step else ''}"),
         ("devices", f"{len(devices)} x {devices[0].device_kind}"),
+        *mesh,
         ("layers", f"{plan.config.num_layers}: {kinds[:32]}{'...' if len(kinds) > 32 else ''}"),
         ("parameters", f"{total:,} ({active:,} a token, without embedding and head)"),
         ("width, experts", f"{plan.config.embed_dim}, {plan.config.num_experts} x "

@@ -1,5 +1,6 @@
 """What training remembers: one pytree of arrays, and the guard that skips bad steps."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -79,6 +80,7 @@ def init_state(
     *,
     initialisation: Initialisation = "xavier",
     params: Params | None = None,
+    shardings: TrainState | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -89,6 +91,9 @@ def init_state(
       initialisation: 'xavier', or 'deepnorm' (`deepnorm_scaled`).
       params: begin with these, cast to fp32, instead of random ones. They may be donated with the
         state: keep a copy if they are needed.
+
+      shardings: of the state (`placement.state_shardings`): its arrays are made where they lie,
+        whole on no device. None makes them on one.
 
     Raises:
       ValueError: an unknown initialisation, a seed out of range, or parameters in int8.
@@ -103,11 +108,20 @@ def init_state(
         if is_quantized(params):
             raise ValueError("params are in int8, for inference alone; load them without weights=")
         master = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        if shardings is not None:
+            master = jax.device_put(master, shardings.params)
     else:
-        master = init_params(config, params_key)
+        of_params = None if shardings is None else shardings.params
+        master = init_params(config, params_key, shardings=of_params)
         if initialisation == "deepnorm":
             master = deepnorm_scaled(master, config)
-    return _state(config, optimizer, master, run_key)
+    if shardings is None:
+        return _state(config, optimizer, master, run_key)
+    rest = jax.jit(
+        lambda params: dataclasses.replace(_state(config, optimizer, params, run_key), params={}),
+        out_shardings=dataclasses.replace(shardings, params={}),
+    )
+    return dataclasses.replace(rest(master), params=master)
 
 
 def abstract_state(config: ModelConfig, optimizer: OptimizerOptions) -> TrainState:

@@ -6,6 +6,7 @@ paid for the unused rest: 128M of them are 0.5 GB of int32 over all hosts. Feedi
 one by one would need a second program and the accumulated gradients as state between the two.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -18,12 +19,15 @@ from jaxtyping import Array, Float, Int
 
 from mmx.config import ModelConfig
 from mmx.model import Params, Remat, param_specs
+from mmx.placement import param_shardings
 from mmx.training import metrics as measuring
 from mmx.training.losses import BalanceLoss, LossParts, check_batch, loss_parts, next_token_targets
 from mmx.training.metrics import Metrics, Sums
 from mmx.training.optimizer import OptimizerOptions, make_optimizer
+from mmx.training.placement import state_shardings
 from mmx.training.schedule import LearningRate
 from mmx.training.state import WINDOW, TrainState, judge
+from sharding import Partition
 
 Batch = Mapping[str, Array | np.ndarray]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -126,7 +130,7 @@ class TrainStep:
 
 
 def make_train_step(
-    config: ModelConfig, options: StepOptions, *, state_shardings: TrainState | None = None
+    config: ModelConfig, options: StepOptions, *, partition: Partition | None = None
 ) -> TrainStep:
     """The jitted training step of a model.
 
@@ -152,11 +156,11 @@ def make_train_step(
     Args:
       config: of the model.
       options: of the step.
-      state_shardings: shardings of the state, kept for the new state and the gradients; None leaves
-        them to the compiler.
+      partition: of the work; state and gradients lie as `placement.state_shardings` says. None
+        leaves that to the compiler, and the work to one device.
     """
     optimizer = make_optimizer(config, options.optimizer)
-    param_shardings = None if state_shardings is None else state_shardings.params
+    shardings = state_shardings(config, options.optimizer, partition)
 
     def train_step(
         state: TrainState, batch: dict[str, Array], accumulation: Int[Array, ""]
@@ -164,14 +168,14 @@ def make_train_step(
         # Under jit already, so this looks at keys and shapes alone.
         check_batch({n: a[0] for n, a in batch.items() if n != "sources"}, config)
         grads, sums, num_targets = _accumulate(
-            state.params, batch, accumulation, config, options, param_shardings
+            state.params, batch, accumulation, config, options, partition
         )
         with jax.named_scope("optimizer"):
             return _update(
                 state, grads, sums, num_targets, accumulation, config, options, optimizer
             )
 
-    out_shardings = None if state_shardings is None else (state_shardings, None)
+    out_shardings = None if shardings is None else (shardings, None)
     program = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return TrainStep(config, program)
 
@@ -214,19 +218,20 @@ def _accumulate(
     accumulation: Int[Array, ""],
     config: ModelConfig,
     options: StepOptions,
-    shardings: Any,
+    partition: Partition | None,
 ) -> tuple[Params, Sums, Float[Array, ""]]:
     """fp32 gradients and sums over the first micro-batches, and their number of targets."""
     size = batch["tokens"].shape[0]
     texts = {name: array for name, array in batch.items() if name != "sources"}
-    _, counted = jax.vmap(next_token_targets)(texts)
+    _, counted = jax.vmap(functools.partial(next_token_targets, partition=partition))(texts)
     used = jnp.arange(size) < accumulation
     targets = jnp.where(used, jnp.sum(counted, axis=(1, 2)), 0).astype(jnp.float32)
     num_targets = jnp.sum(targets)
     shares = targets / jnp.maximum(num_targets, 1)
+    shardings = None if partition is None else param_shardings(config, partition)
     # Cast once and not in every micro-batch: the gradient of a cast is a cast.
     compute = compute_params(params, config, options.compute_dtype)
-    gradient = _micro_batch_gradient(config, options)
+    gradient = _micro_batch_gradient(config, options, partition)
 
     def run(index) -> tuple[Params, Sums]:
         micro = {
@@ -248,7 +253,7 @@ def _accumulate(
 
 
 def _micro_batch_gradient(
-    config: ModelConfig, options: StepOptions
+    config: ModelConfig, options: StepOptions, partition: Partition | None
 ) -> Callable[[Params, dict[str, Array], Float[Array, ""]], tuple[Params, Sums]]:
     def total(params: Params, texts: dict[str, Array]) -> tuple[Float[Array, ""], LossParts]:
         return loss_parts(
@@ -262,6 +267,7 @@ def _micro_batch_gradient(
             implementation=options.implementation,
             capacity_factor=options.capacity_factor,
             loss_blocks=options.loss_blocks,
+            partition=partition,
         )
 
     def gradient(params, micro, share):

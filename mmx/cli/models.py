@@ -1,0 +1,165 @@
+"""What commands that run a model share: options, loading, the memory it will take."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from mmx.config import ModelConfig
+    from mmx.inference.engine import Engine
+    from mmx.inference.requests import Sampling
+    from mmx.model import Params
+
+PAGE = 256  # tokens
+_CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How a checkpoint is loaded."""
+
+    dtype: Literal["as-stored", "fp32", "bf16"] = "as-stored"
+    """Of parameters and activations; state, router and logits are fp32 always."""
+    weights: Literal["as-stored", "int8"] = "as-stored"
+    """int8 halves the memory of bf16 matrices: one scale a channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = 32
+    """Tokens to generate at most."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probability together reaches this."""
+    top_k: int = 0
+    """Keep this many tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that were there before; 1 changes nothing."""
+    seed: int = 0
+    """Of the random draws."""
+    stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT"), tyro.conf.UseAppendAction] = ()
+    """The text ends before this one; may be given again."""
+    ignore_eos: bool = False
+    """Go on after the model's end token."""
+
+
+def sampling_of(options: Choices) -> "Sampling":
+    """The same as the engine knows it; not checked yet."""
+    from mmx.inference.requests import Sampling
+
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop=options.stop,
+        ignore_eos=options.ignore_eos,
+    )
+
+
+def load_model(path: Path, options: Weights) -> "tuple[ModelConfig, Params]":
+    """Config and parameters as the options want them."""
+    import jax.numpy as jnp
+
+    import mmx
+
+    dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
+    weights = "int8" if options.weights == "int8" else None
+    return mmx.load(path, dtype=dtype, weights=weights)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine is made with; see `Engine`."""
+
+    rows: int
+    pages: int
+    page_size: int
+    max_seq_len: int
+    chunk: int
+    decode_steps: int
+    snapshots: int
+
+    def engine(self, config: "ModelConfig", params: "Params", **more) -> "Engine":
+        """An engine with this room."""
+        from mmx.inference.engine import Engine
+
+        return Engine(
+            config,
+            params,
+            rows=self.rows,
+            pages=self.pages,
+            page_size=self.page_size,
+            max_seq_len=self.max_seq_len,
+            chunk=self.chunk,
+            decode_steps=self.decode_steps,
+            snapshots=self.snapshots,
+            **more,
+        )
+
+
+def check_memory(
+    config: "ModelConfig", params: "Params", room: Room, *, show: bool = False
+) -> None:
+    """Refuse what the device has no memory for, before any of it is taken; print it if asked to.
+
+    Raises:
+      ValueError: it needs more than there is; says how many tokens there is room for.
+    """
+    from mmx.inference.memory_plan import device_memory, pages_within, plan_memory
+    from mmx.inference.pool import PoolShape
+
+    there = device_memory()
+    if there is None and not show:
+        return
+    shape = PoolShape(room.rows, room.pages, room.page_size, params["embed"]["embedding"].dtype)
+    plan = plan_memory(
+        config,
+        params,
+        shape,
+        row_pages=-(-min(room.max_seq_len, config.max_seq_len) // room.page_size),
+        snapshots=room.snapshots,
+        chunk=room.chunk,
+        decode_steps=room.decode_steps,
+    )
+    if show:
+        _print_plan(plan.lines(), there)
+    if there is not None and plan.total > there:
+        most = pages_within(there, plan, shape)
+        raise ValueError(
+            f"{plan.total:,} bytes of memory are needed and the device has {there:,}; keys and "
+            f"values of {most * room.page_size:,} tokens fit, {room.pages * room.page_size:,} are "
+            "asked for"
+        )
+
+
+def _print_plan(lines: Sequence[tuple[str, int]], there: int | None) -> None:
+    from rich.filesize import decimal
+
+    parts = ", ".join(f"{name} {decimal(size)}" for name, size in lines)
+    of = "" if there is None else f" of {decimal(there)}"
+    print(f"mmx: memory: {parts}{of}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Text of a model to stdout, at once; on a terminal it cannot move the cursor."""
+    sys.stdout.write(text.translate(_CONTROL) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    text = " ".join(text.split())
+    print(f"mmx: note: {text if text.isprintable() else ascii(text)}", file=sys.stderr, flush=True)

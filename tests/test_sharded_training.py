@@ -1,0 +1,149 @@
+"""Training over 8 CPU devices: the losses of one device, state that lies as the rules say."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from random_models import small_config
+from sharded import ROWS
+from test_sharded_model import QUICK
+
+from mmx import placement
+from mmx.cli import main
+from mmx.placement import make_partition, parameter_table
+from mmx.training.placement import put_batch, state_shardings
+from mmx.training.schedule import LearningRate, constant, warm_up
+from mmx.training.state import init_state
+from mmx.training.step import StepOptions, make_train_step
+from sharding import MeshConfig, rules
+
+CONFIG = small_config("ls", num_heads=4, num_kv_heads=2)
+OPTIONS = StepOptions(
+    LearningRate((warm_up(4, 1e-2), constant(20, 1e-2))),
+    compute_dtype="float32",
+    capacity_factor=1.0,
+    implementation="reference",
+    num_sources=2,
+)
+STEPS = 24
+
+
+def batches():
+    """Packed: two micro-batches of four rows a step, of which every other step uses one."""
+    for step in range(STEPS):
+        ids = np.stack([ROWS[:4], np.roll(ROWS[4:8], step, axis=0)])
+        tokens = np.random.default_rng(step).integers(0, 40, ids.shape, dtype=np.int32)
+        sources = np.where(ids == 0, -1, ids % 2).astype(np.int32)
+        yield {"tokens": tokens, "segment_ids": ids, "sources": sources}, np.int32(1 + step % 2)
+
+
+def run(partition):
+    """The metrics of every step, the state after the last."""
+    step = make_train_step(CONFIG, OPTIONS, partition=partition)
+    shardings = state_shardings(CONFIG, OPTIONS.optimizer, partition)
+    state = init_state(CONFIG, OPTIONS.optimizer, 0, shardings=shardings)
+    first, compiled, metrics = jax.device_get(state), None, []
+    for batch, used in batches():
+        arguments = state, put_batch(batch, partition), used
+        compiled = compiled or step.program.lower(*arguments).compile(QUICK)
+        state, seen = compiled(*arguments)
+        metrics.append(jax.device_get(seen))
+    return first, jax.tree.map(lambda *leaves: np.stack(leaves), *metrics), state, shardings
+
+
+def test_losses_of_24_steps_are_those_of_one_device():
+    partition = make_partition(MeshConfig(fsdp=2, expert=2, seq=2), "expert", CONFIG, rows=4)
+    first, metrics, state, shardings = run(partition)
+    true_first, true, true_state, _ = run(None)
+    # Made where they lie, with the same random numbers.
+    jax.tree.map(np.testing.assert_array_equal, first, true_first)
+    assert true["loss"][-4:].mean() < true["loss"][:4].mean() - 0.3
+    assert true["dropped_tokens"].max() > 0.05
+    for name, values in true.items():
+        # fp32 sums in another order, through 24 steps of Adam.
+        bar = 1e-4 * np.abs(values).max()
+        np.testing.assert_allclose(metrics[name], values, rtol=0, atol=bar, err_msg=name)
+    same = jax.tree.map(
+        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), state, shardings
+    )
+    assert jax.tree.all(same)
+    assert int(state.step) == int(true_state.step) == STEPS
+    gate = state.opt_state[1].mu["blocks"]["layer_0"]["moe"]["gate_proj"]
+    assert gate.addressable_shards[0].data.shape == (1, 2, 6, 12)  # experts over 2, width over 4
+
+
+def test_the_table_is_what_the_devices_hold():
+    """Every parameter, with the bytes that a device of the run above has of it."""
+    partition = make_partition(MeshConfig(fsdp=2, expert=2, tensor=2), "expert", CONFIG)
+    shardings = placement.param_shardings(CONFIG, partition)
+    params = init_state(
+        CONFIG, OPTIONS.optimizer, 0,
+        shardings=state_shardings(CONFIG, OPTIONS.optimizer, partition),
+    ).params  # fmt: skip
+    rows = {
+        row.name: row
+        for row in parameter_table(CONFIG, partition.mesh, rules.EXPERT, dtype=np.float32)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        row = rows.pop(jax.tree_util.keystr(path, simple=True, separator="/"))
+        assert row.shape == leaf.shape
+        assert row.spec == leaf.sharding.spec
+        assert row.bytes_per_device == leaf.addressable_shards[0].data.nbytes
+    assert not rows
+    assert jax.tree.structure(shardings) == jax.tree.structure(params)
+
+
+REFUSED = [
+    (dict(fsdp=16), "expert", {}, "takes 16 devices and there are 8; the nearest that fits is"),
+    (dict(fsdp=1, expert=8), "expert", {},
+     "'experts' has size 4, which 8 devices (expert=8) cannot share evenly; the nearest numbers "
+     "that can are 4"),
+    (dict(fsdp=2, tensor=4), "tensor", {},
+     "'kv_heads' has size 2, which 4 devices (tensor=4) cannot share evenly; the nearest numbers "
+     "that can are 2"),
+    (dict(fsdp=1, seq=8), "expert", dict(seq_len=72),
+     "rows of 72 tokens: 8 devices (seq=8) share a row in multiples of 16 tokens; the nearest "
+     "lengths are 64 or 80"),
+    (dict(fsdp=8), "expert", dict(rows=4),
+     "micro-batches of 4 rows: 'batch' has size 4, which 8 devices (fsdp=8) cannot share evenly"),
+    (dict(fsdp=4, seq=2), "fsdp", {}, "rules 'fsdp' split nothing over mesh axis 'seq'"),
+    (dict(), "zero", {}, "rules 'zero'; choose one of fsdp, tensor, expert, long_context, serving"),
+    (dict(), dataclasses.replace(rules.FSDP, mlp=("model",)), {},
+     "rules 'fsdp' use mesh axis 'model'; the mesh has data, fsdp, expert, seq, tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "ours", "batch", "message"), REFUSED)
+def test_what_does_not_fit_is_refused_by_name(sizes, ours, batch, message):
+    config = dataclasses.replace(CONFIG, embed_dim=32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_partition(MeshConfig(**sizes), ours, config, **batch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo", "--mesh.fsdp", "16"],
+         "mesh data=1 x fsdp=16 x expert=1 x seq=1 x tensor=1 "
+         "takes 16 devices and there are 8; the nearest that fits is data=1, fsdp=8, expert=1"),
+        (["train", "demo", "--mesh.fsdp", "1", "--mesh.expert", "8"],
+         "blocks/layer_0/moe/down_proj: 'experts' has size 4, which 8 devices (expert=8) cannot "
+         "share evenly; the nearest numbers that can are 4"),
+        (["train", "demo", "--mesh.fsdp", "1", "--mesh.seq", "8", "--seq-len", "100"],
+         "rows of 100 tokens: 8 devices (seq=8) share a row in multiples of 16 tokens"),
+    ],
+)  # fmt: skip
+def test_commands_refuse_in_one_line(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--run-dir", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"mmx: error: {message}")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "refused before anything is made"
+
+
+def test_one_device_needs_no_partition():
+    devices = jax.devices()[:1]
+    assert make_partition(MeshConfig(), "expert", CONFIG, devices=devices) is None
