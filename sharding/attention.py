@@ -6,12 +6,13 @@ kernel whose operands it would have to gather.
 
 from typing import Any
 
-import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from sharding import lasp, ring
-from sharding.partition import Partition
+from sharding.partition import Partition, on_shards
 
 
 def lightning_attention(
@@ -54,12 +55,11 @@ def lightning_attention(
     )
     slopes = partition.spec(("heads",), decay_slopes.shape, name="decay slopes")
     ids = partition.spec(("batch", "seq"), q.shape[:2], name="segment ids")
-    run = jax.shard_map(
+    run = on_shards(
         attend,
-        mesh=partition.mesh,
+        partition,
         in_specs=(rows, rows, rows, slopes, state, ids),
         out_specs=(rows, state),
-        check_vma=False,
     )
     return run(*arrays)
 
@@ -94,12 +94,13 @@ def softmax_attention(
             return ring.softmax_attention(
                 q, k, v, axis_name=seq, segment_ids=ids, implementation=implementation
             )
-        given = {"kv_segment_ids": kv_ids, "q_offset": offset} if cached else {}
+        given = {"kv_segment_ids": kv_ids, "q_offset": offset[0]} if cached else {}
         return pallas_kernels.softmax_attention(
             q, k, v, segment_ids=ids, implementation=implementation, **given
         )
 
-    arrays = q, k, v, segment_ids, kv_segment_ids, q_offset
+    offset = None if q_offset is None else jnp.reshape(q_offset, 1)
+    arrays = q, k, v, segment_ids, kv_segment_ids, offset
     seq = () if partition is None else partition.axes_of("seq")
     if partition is None or not partition.splits("batch", "seq", "heads", "kv_heads"):
         return attend(*arrays)
@@ -118,11 +119,10 @@ def softmax_attention(
     queries = partition.spec(("batch", "seq", "heads", None), q.shape, name=f"queries {name}")
     keys = partition.spec(("batch", "seq", "kv_heads", None), k.shape, name=f"keys {name}")
     ids = partition.spec(("batch", "seq"), q.shape[:2], name="segment ids")
-    run = jax.shard_map(
+    run = on_shards(
         attend,
-        mesh=partition.mesh,
-        in_specs=(queries, keys, keys, ids, ids, jax.sharding.PartitionSpec()),
+        partition,
+        in_specs=(queries, keys, keys, ids, ids, PartitionSpec()),
         out_specs=queries,
-        check_vma=False,
     )
     return run(*arrays)

@@ -27,13 +27,28 @@ from pallas_kernels import platform
 from pallas_kernels.dispatch import accumulation_dtype
 from sharding.capacity import expert_capacity, within_capacity
 from sharding.exchange import Exchange, Way, expert_lanes, move
-from sharding.partition import Partition, gathered
+from sharding.partition import Partition, gathered, on_shards
 
 # (rows [M, D] sorted by expert, rows of each local expert [E']) -> [M, D], 0 past the last expert.
 Compute = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 # ---------------------------------------------------------------- global arrays
+
+
+def top_k(
+    probabilities: Float[Array, "B T E"], k: int, *, partition: Partition | None
+) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
+    """`jax.lax.top_k`, each device for its tokens: left to itself the compiler gathers them all."""
+
+    def choose(probabilities):
+        values, experts = jax.lax.top_k(probabilities, k)
+        return values, experts
+
+    if partition is None or not partition.splits("batch", "seq"):
+        return choose(probabilities)
+    spec = partition.spec(("batch", "seq"), probabilities.shape[:2], name="tokens")
+    return on_shards(choose, partition, in_specs=(spec,), out_specs=(spec, spec))(probabilities)
 
 
 def mixture(
@@ -104,12 +119,11 @@ def mixture(
         whole = functools.partial(gathered, keep=("experts", "expert_mlp"))
         return jax.tree.map(whole, params, param_axes, param_specs)
 
-    run = jax.shard_map(
+    run = on_shards(
         functools.partial(body, split=split, gather=gather),
-        mesh=partition.mesh,
+        partition,
         in_specs=(leading, leading, leading, leading, param_specs),
         out_specs=(leading, None if capacity_factor is None else leading),
-        check_vma=False,
     )
     return run(*arrays)
 

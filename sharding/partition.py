@@ -1,7 +1,7 @@
 """A mesh and its rules: what modules are handed, so that they name logical axes only."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,32 @@ def named(arrays: Any, axes: Any, partition: Partition) -> Any:
         return partition.sharding(tuple(names), array.shape, name=name)
 
     return jax.tree_util.tree_map_with_path(leaf, arrays, axes)
+
+
+def on_shards(
+    body: Callable[..., Any], partition: Partition, *, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map` over the mesh of a partition, for kernels and sums that are written out.
+
+    Loops in kernels do not declare over which axes they vary, hence no check of it. The gradient of
+    an argument is summed over the axes that its spec leaves out; those of one device are put in, so
+    that there is no sum over nothing.
+    """
+    alone = tuple(axis for axis, size in partition.mesh.shape.items() if size == 1)
+
+    def named_all(spec: PartitionSpec) -> PartitionSpec:
+        first, *rest = spec or (None,)
+        return PartitionSpec((*_rules.names(first), *alone), *rest)
+
+    return jax.shard_map(
+        body,
+        mesh=partition.mesh,
+        in_specs=jax.tree.map(
+            named_all, in_specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec)
+        ),
+        out_specs=out_specs,
+        check_vma=False,
+    )
 
 
 def gathered(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding.partition import Partition, gathered
+from sharding.partition import Partition, gathered, on_shards
 
 
 def lookup(
@@ -46,9 +46,7 @@ def lookup(
         found = _rows(table, tokens, first, size * jax.lax.axis_size(over))
         return jax.lax.psum(found, over)
 
-    return jax.shard_map(
-        body, mesh=partition.mesh, in_specs=(split, rows), out_specs=rows, check_vma=False
-    )(table, tokens)
+    return on_shards(body, partition, in_specs=(split, rows), out_specs=rows)(table, tokens)
 
 
 def _rows(table, tokens, first, vocab_size: int) -> Float[Array, "B T D"]:
@@ -107,13 +105,8 @@ def token_losses(
         head = jax.tree.map(functools.partial(gathered, keep=("vocab",)), head, head_axes, split)
         return body(x, head, targets, over=over)
 
-    return jax.shard_map(
-        run,
-        mesh=partition.mesh,
-        in_specs=(rows, split, rows),
-        out_specs=(rows, rows),
-        check_vma=False,
-    )(x, head, targets)
+    spread = on_shards(run, partition, in_specs=(rows, split, rows), out_specs=(rows, rows))
+    return spread(x, head, targets)
 
 
 def _specs(partition: Partition, shape: tuple[int, ...]) -> tuple[Any, tuple[str, ...]]:

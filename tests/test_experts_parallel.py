@@ -212,11 +212,11 @@ def test_it_is_the_layer():
         return (out * grad).sum(), (out, stats.num_dropped)
 
     def spread(where, params, x):
-        weights, experts, *_ = layers.bind(module, params).router(x.reshape(48, -1))
+        weights, experts, *_ = layers.bind(module, params).router(x)
         out, kept = parallel.mixture(
             x,
-            weights.reshape(8, 6, -1),
-            experts.reshape(8, 6, -1),
+            weights,
+            experts,
             jnp.asarray(real),
             {name: params[f"{name}_proj"] for name in EXPERT_WEIGHTS},
             param_axes={name: AXES[name] for name in EXPERT_WEIGHTS},

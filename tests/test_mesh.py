@@ -251,7 +251,8 @@ def test_vocabulary_over_256_devices_is_padded_when_asked():
     only = [entry for entry in text_01() if entry[0] == "embed/embedding"]
     with refused(
         "embed/embedding: 'vocab' has size 200064, which 256 devices (tensor=256) cannot share "
-        "evenly; the nearest numbers that can are 192 or 384; or pad it to 200192 words (padded_size)"
+        "evenly; the nearest numbers that can are 192 or 384; or pad it to 200192 words "
+        "(padded_size)"
     ):
         rules.table(only, mesh, rules.TENSOR)
     (row,) = rules.table(only, mesh, rules.TENSOR, padded=("vocab",))

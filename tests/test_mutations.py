@@ -232,8 +232,8 @@ def residual_and_branch_exchanged(mutate):
 def top_k_not_renormalised(mutate):
     original = mmx.nn.moe.Router.__call__
 
-    def plain(self, x):
-        _, experts, probabilities, logits = original(self, x)
+    def plain(self, x, **options):
+        _, experts, probabilities, logits = original(self, x, **options)
         weights = jnp.take_along_axis(probabilities, experts, axis=-1)
         return weights, experts, probabilities, logits
 

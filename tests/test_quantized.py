@@ -20,9 +20,9 @@ import mmx
 from mmx.inference.engine import Engine
 from mmx.inference.quantize import param_bytes, quantize
 from mmx.integrity import DamagedCheckpoint
-from mmx.placement import make_partition, param_shardings
 from mmx.nn import functional
 from mmx.nn.quantized import Int8, quantized
+from mmx.placement import make_partition, param_shardings
 from mmx.training.optimizer import OptimizerOptions
 from mmx.training.state import init_state
 from sharding import MeshConfig

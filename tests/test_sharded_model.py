@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from random_models import random_params, random_tokens, small_config
-from sharded import ROWS
+from sharded import ROWS, collectives
 
 from mmx.model import param_specs, unembed
 from mmx.training import losses
@@ -90,11 +90,36 @@ def close(seen, true):
     jax.tree_util.tree_map_with_path(leaf, seen, true)
 
 
+def check_what_is_sent(text, partition):
+    """Of 8 rows, 64 tokens, 4 experts of width 12, 40 words; see CONFIG."""
+    sent = collectives(text)
+    gathered = {shape for kind, dtype, shape, _ in sent if (kind, dtype) == ("all-gather", "f32")}
+    assert not [shape for shape in gathered if 64 in shape], "whole rows of activations"
+    if partition.axes_of("vocab"):
+        assert not [shape for shape in gathered if 40 in shape], "logits, or matrices of all words"
+    if partition.axes_of("experts"):
+        width = 12 // partition.devices_of("expert_mlp")
+        assert not gathered & {(4, 24, width), (4, width, 24)}, "the weights of all experts"
+    split = partition.devices_of("seq")
+    heads, kv_heads = (n // partition.devices_of("heads") for n in (8, 4))
+    rows = 8 // partition.devices_of("batch")
+    states = {shape for shape in gathered if len(shape) == 5}
+    assert states == ({(split, rows, heads, 8, 8)} if split > 1 else set()), "LASP: states alone"
+    ring = {
+        shape
+        for kind, dtype, shape, in_loop in sent
+        if (kind, dtype, in_loop) == ("collective-permute", "f32", True)
+    }
+    # Keys, values and their gradients; two devices pass them to each other without a loop.
+    assert ring == ({(rows, 64 // split, kv_heads, 8)} if split > 2 else set()), "the ring"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_loss_and_gradients_are_those_of_one_device(name):
     ours, sizes, options = CASES[name]
     params = spread(partition := partition_of(ours, sizes))
     run = gradient_of(partition, **options).lower(params).compile(QUICK)
+    check_what_is_sent(run.as_text(), partition)
     (total, (parts, logits)), grads = jax.device_get(run(params))
     (true_total, (true, true_logits)), true_grads = one_device(options.get("capacity_factor"))
     real = IDS[..., None] != 0  # logits at padding mean nothing

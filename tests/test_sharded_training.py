@@ -6,13 +6,12 @@ import re
 import jax
 import numpy as np
 import pytest
-from random_models import small_config
+from random_models import random_params, small_config
 from sharded import ROWS
 from test_sharded_model import QUICK
 
-from mmx import placement
 from mmx.cli import main
-from mmx.placement import make_partition, parameter_table
+from mmx.placement import make_partition, param_shardings, parameter_table
 from mmx.training.placement import put_batch, state_shardings
 from mmx.training.schedule import LearningRate, constant, warm_up
 from mmx.training.state import init_state
@@ -59,7 +58,7 @@ def test_losses_of_24_steps_are_those_of_one_device():
     true_first, true, true_state, _ = run(None)
     # Made where they lie, with the same random numbers.
     jax.tree.map(np.testing.assert_array_equal, first, true_first)
-    assert true["loss"][-4:].mean() < true["loss"][:4].mean() - 0.3
+    assert true["loss"][-4:].mean() < true["loss"][:4].mean() - 0.2
     assert true["dropped_tokens"].max() > 0.05
     for name, values in true.items():
         # fp32 sums in another order, through 24 steps of Adam.
@@ -75,24 +74,18 @@ def test_losses_of_24_steps_are_those_of_one_device():
 
 
 def test_the_table_is_what_the_devices_hold():
-    """Every parameter, with the bytes that a device of the run above has of it."""
+    """Every parameter, with the bytes that a device has of it."""
     partition = make_partition(MeshConfig(fsdp=2, expert=2, tensor=2), "expert", CONFIG)
-    shardings = placement.param_shardings(CONFIG, partition)
-    params = init_state(
-        CONFIG, OPTIONS.optimizer, 0,
-        shardings=state_shardings(CONFIG, OPTIONS.optimizer, partition),
-    ).params  # fmt: skip
-    rows = {
-        row.name: row
-        for row in parameter_table(CONFIG, partition.mesh, rules.EXPERT, dtype=np.float32)
-    }
+    assert partition is not None
+    params = jax.device_put(random_params(CONFIG, 0), param_shardings(CONFIG, partition))
+    table = parameter_table(CONFIG, partition.mesh, rules.EXPERT, dtype=np.float32)
+    rows = {row.name: row for row in table}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         row = rows.pop(jax.tree_util.keystr(path, simple=True, separator="/"))
         assert row.shape == leaf.shape
         assert row.spec == leaf.sharding.spec
         assert row.bytes_per_device == leaf.addressable_shards[0].data.nbytes
     assert not rows
-    assert jax.tree.structure(shardings) == jax.tree.structure(params)
 
 
 REFUSED = [

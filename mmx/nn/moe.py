@@ -56,11 +56,12 @@ class Router(nnx.Module):
         axes = ("embed", None)  # never split: each device needs every logit
         self.kernel = declare(shape, axes, fan_in=shape[0], fan_out=shape[1], fp32=True)
 
-    def __call__(self, x: Float[Array, "... D"]):
-        """Return weights [..., k] fp32, experts [..., k], probabilities and logits [..., E]."""
-        logits = functional.project("...d,de->...e", x.astype(jnp.float32), self.kernel[...])
+    def __call__(self, x: Float[Array, "B T D"], *, partition: Partition | None = None):
+        """Return weights [B, T, k] fp32, experts [B, T, k], probabilities, logits [B, T, E]."""
+        logits = functional.project("btd,de->bte", x.astype(jnp.float32), self.kernel[...])
         probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, experts = jax.lax.top_k(probabilities, self.num_experts_per_tok)
+        k = self.num_experts_per_tok
+        weights, experts = sharding.experts.top_k(probabilities, k, partition=partition)
         return weights / jnp.sum(weights, -1, keepdims=True), experts, probabilities, logits
 
 
@@ -108,7 +109,7 @@ class MoE(nnx.Module):
           The output, of the dtype of `x`, and the router's statistics.
         """
         with jax.named_scope("router"):
-            weights, experts, probabilities, logits = self.router(x)
+            weights, experts, probabilities, logits = self.router(x, partition=partition)
         with jax.named_scope("experts"):
             out, kept = self._experts(
                 x, weights, experts, real, implementation, capacity_factor, partition
