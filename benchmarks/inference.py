@@ -4,9 +4,12 @@
     python benchmarks/inference.py --smoke      the 'tiny' preset, on a CPU
 
     ceilings  copy bandwidth and bf16 matmul rate of the device: what the floors are made of
-    decode    time a step for 1 to 256 rows at 1K to 1M tokens of context
-    prefill   tokens/s of a prompt in chunks; a prompt that hits a kept prefix
-    engine    requests through `mmx.Engine`: time to the first token, tokens/s, the host's share
+    decode    time a step for 1 to 256 rows at 1K to 4M tokens of context
+    prefill   tokens/s of a prompt in chunks
+    first     time to the first token of prompts of 1K to 4M tokens, here and of the twin; beyond
+              `prompt` it is summed up from chunks timed on the way, which says 'summed'
+    engine    requests through `mmx.Engine`: tokens/s, and the first token of a prompt that hits a
+              kept prefix beside one that does not
     int8      'decode' with int8 weights
     twin      'decode' of a model of the same size whose layers are all softmax
     slice     one superblock of Text-01 at full width: decode and prefill at 1K, 1M and 4M tokens
@@ -40,18 +43,18 @@ import numpy as np
 import mmx
 from benchmarks import torch_generate
 from benchmarks.parts import Emit, memory_variables, run_here, run_in_process
+from benchmarks.random_memory import PAGE, random_params, random_pool, running_rows, step_bytes
 from mmx.config import ModelConfig
-from mmx.inference.cache import kv_bytes_per_token, state_bytes
+from mmx.inference.cache import kv_bytes_per_token
 from mmx.inference.decoding import decode, prefill
 from mmx.inference.engine import Engine
 from mmx.inference.memory_plan import plan_memory
-from mmx.inference.pool import Pool, PoolShape, empty_states
+from mmx.inference.pool import PoolShape
 from mmx.inference.requests import Sampling
-from mmx.inference.rows import Rows, empty_rows
-from mmx.model import Params, param_specs
+from mmx.model import Params
 from mmx.training.flops import forward_flops_per_token
 
-PAGE = 256
+MOST_KV = 60e9  # bytes of keys and values
 
 
 @dataclass(frozen=True)
@@ -62,98 +65,32 @@ class Setting:
       config: of the model; `slice_config` that of 'slice'.
       decode: (rows, tokens of context) of 'decode', 'int8' and 'twin'.
       slice_contexts: of 'slice', one row.
+      prompts: lengths of 'first', rising.
       prompt: tokens of 'prefill', 'engine' and 'peer'; chunk: read at once.
       new: tokens to generate; steps: of a dispatch.
       repeats: dispatches timed.
+      copied, matmul: numbers of the copy and side of the product of 'ceilings'.
     """
 
     config: ModelConfig
     slice_config: ModelConfig
     decode: tuple[tuple[int, int], ...]
     slice_contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
     prompt: int
     chunk: int
     new: int
     steps: int
     repeats: int
-    seconds: float
-
-
-# ---------------------------------------------------------------- models and memories at random
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    """Normal, a slice of the first axis at a time: the fp32 form of all would not fit."""
-    if len(shape) < 3:
-        return (std * jax.random.normal(key, shape)).astype(dtype)
-    keys = jax.random.split(key, shape[0])
-    inner = functools.partial(_random.__wrapped__, shape=shape[1:], dtype=dtype, std=std)
-    return jax.lax.map(inner, keys)
-
-
-def random_params(config: ModelConfig) -> Params:
-    """bf16 parameters with the spread of `mmx.init_params`, made without a second copy."""
-    specs, tree = jax.tree.flatten(param_specs(config))
-    keys = jax.random.split(jax.random.key(0), len(specs))
-    leaves = []
-    for key, spec in zip(keys, specs, strict=True):
-        dtype = jnp.dtype(jnp.float32 if spec.fp32 else jnp.bfloat16)
-        one = jnp.ones(spec.shape, dtype)
-        leaves.append(_random(key, spec.shape, dtype, spec.std) if spec.std else one)
-    return jax.tree.unflatten(tree, jax.block_until_ready(leaves))
-
-
-def random_pool(config: ModelConfig, rows: int, pages: int) -> Pool:
-    """Pages and states of the size they have."""
-    states = jax.eval_shape(lambda: empty_states(config, rows)).shape
-    softmax = config.layer_kinds.count("softmax")
-    kv = (softmax, pages, PAGE, config.num_kv_heads, config.head_dim)
-    keys = jax.random.split(jax.random.key(1), 3)
-    return Pool(
-        _random(keys[0], states, jnp.float32, 1.0),
-        _random(keys[1], kv, jnp.bfloat16, 1.0),
-        _random(keys[2], kv, jnp.bfloat16, 1.0),
-    )
-
-
-def running_rows(config: ModelConfig, rows: int, row_pages: int, context: int) -> Rows:
-    """Every row at `context` tokens, pages side by side, with no end in sight."""
-    numbers = np.arange(rows, dtype=np.int32)
-    return dataclasses.replace(
-        empty_rows(config, rows, row_pages),
-        tokens=jnp.asarray(numbers * 7919 % config.vocab_size),
-        positions=jnp.full(rows, context, jnp.int32),
-        active=jnp.ones(rows, bool),
-        limits=jnp.full(rows, 2**30, jnp.int32),
-        page_table=jnp.asarray(np.arange(rows * row_pages, dtype=np.int32).reshape(rows, -1)),
-    )
-
-
-# ---------------------------------------------------------------- floors
-
-
-def step_bytes(config: ModelConfig, params: Params, rows: int, context: int) -> float:
-    """Bytes that a decode step cannot do without."""
-    dense = experts = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if "embed/" in name:
-            continue
-        if any(f"moe/{part}_proj" in name for part in ("gate", "up", "down")):
-            experts += leaf.nbytes
-        else:
-            dense += leaf.nbytes
-    chosen = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** rows
-    kv = rows * context * kv_bytes_per_token(config, 2)
-    return dense + experts * chosen + kv + 2 * rows * state_bytes(config)
+    copied: int = 1 << 30
+    matmul: int = 8192
 
 
 # ---------------------------------------------------------------- the parts
 
 
 def ceilings(emit: Emit, setting: Setting) -> None:
-    emit(copy_GBs=copy_bandwidth(), matmul_TFLOPs=matmul_rate())
+    emit(copy_GBs=copy_bandwidth(setting.copied), matmul_TFLOPs=matmul_rate(setting.matmul))
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -171,6 +108,9 @@ def time_decode(
     rows: int, context: int,
 ) -> None:  # fmt: skip
     """One row of the report: a step of the decode program."""
+    if rows * context * kv_bytes_per_token(config, 2) > MOST_KV:
+        emit(part=part, rows=rows, context=context, left_out="keys and values above 60 GB")
+        return
     ahead = (setting.repeats + 1) * setting.steps
     row_pages = -(-(context + ahead) // PAGE)
     held = [random_pool(config, rows, rows * row_pages),
@@ -213,10 +153,8 @@ def twin(emit: Emit, setting: Setting) -> None:
     config = dataclasses.replace(setting.config, layer_kinds=layers)
     params = random_params(config)
     for rows, context in setting.decode:
-        if rows * context * kv_bytes_per_token(config, 2) > 60e9:
-            emit(part="twin", rows=rows, context=context, left_out="keys and values above 60 GB")
-            continue
         time_decode(emit, setting, config, params, "twin", rows, context)
+    time_first(emit, setting, config, params, "twin_first")
 
 
 def time_prefill(
@@ -252,6 +190,53 @@ def prefill_part(emit: Emit, setting: Setting) -> None:
     params = random_params(setting.config)
     for tokens in (setting.prompt // 8, setting.prompt, 4 * setting.prompt):
         time_prefill(emit, setting, setting.config, params, "prefill", 0, tokens)
+
+
+def first_part(emit: Emit, setting: Setting) -> None:
+    time_first(emit, setting, setting.config, random_params(setting.config), "first")
+
+
+def time_first(
+    emit: Emit, setting: Setting, config: ModelConfig, params: Params, part: str
+) -> None:
+    """Rows of the report: seconds from the prompt to its logits."""
+    longest = max(n for n in setting.prompts if n * kv_bytes_per_token(config, 2) <= MOST_KV)
+    row_pages = -(-longest // PAGE)
+    pool = random_pool(config, 1, row_pages)
+    page_row = np.arange(row_pages, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, setting.chunk, dtype=np.int32)
+
+    def read(begin: int, end: int) -> float:
+        nonlocal pool
+        start, logits = time.perf_counter(), None
+        while begin < end:
+            size = min(setting.chunk, end - begin)
+            numbers = (np.int32(size), np.int32(0), page_row, np.int32(begin))
+            pool, logits = prefill(params, pool, ids[:size], *numbers, config=config)
+            begin += size
+        jax.block_until_ready(logits)
+        return time.perf_counter() - start
+
+    seconds, before = 0.0, 0
+    for prompt in setting.prompts:
+        if prompt > longest:
+            emit(part=part, prompt=prompt, left_out="keys and values above 60 GB")
+            continue
+        measured = prompt <= setting.prompt
+        if measured:
+            read(0, prompt)
+            seconds = read(0, prompt)
+        else:
+            # A chunk takes longer the more stands before it, by the same for each: the mean of the
+            # first and the last is that of all between.
+            ends = before, prompt - setting.chunk
+            each = statistics.mean(min(read(s, s + setting.chunk) for _ in range(2)) for s in ends)
+            seconds += each * (prompt - before) / setting.chunk
+        before = prompt
+        flops = forward_flops_per_token(config, prompt).total * prompt
+        flops -= 2 * config.embed_dim * config.vocab_size * (prompt - 1)  # logits of the last alone
+        emit(part=part, prompt=prompt, seconds=seconds, how="measured" if measured else "summed",
+             total_TFLOP=flops / 1e12, TFLOPs=flops / seconds / 1e12)  # fmt: skip
 
 
 def engine_part(emit: Emit, setting: Setting) -> None:
@@ -315,6 +300,7 @@ PARTS = {
     "ceilings": ceilings,
     "decode": decode_part,
     "prefill": prefill_part,
+    "first": first_part,
     "engine": engine_part,
     "int8": int8_part,
     "twin": twin,
@@ -331,7 +317,9 @@ def compare(report: Report) -> None:
     found = {key: row[key] for row in report.rows for key in ("copy_GBs", "matmul_TFLOPs")
              if key in row}  # fmt: skip
     for row in list(report.rows):
-        name = {k: row[k] for k in ("part", "rows", "context", "start", "tokens") if k in row}
+        name = {
+            k: row[k] for k in ("part", "rows", "context", "start", "tokens", "prompt") if k in row
+        }
         if "GBs" in row and "copy_GBs" in found:
             report.add(of_floor=row["GBs"] / found["copy_GBs"], **name)
         if "TFLOPs" in row and "matmul_TFLOPs" in found:
@@ -364,27 +352,25 @@ def parse() -> argparse.Namespace:
 def make_setting(options: argparse.Namespace) -> Setting:
     if options.smoke:
         config = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
-        return Setting(config, config, ((1, 256), (3, 512)), (512,), 1024, 256, 8, 2, 2, 0.1)
+        return Setting(config, config, ((1, 256), (3, 512)), (512,),
+                       (256, 512, 2048), 1024, 256, 8, 2, 2, 1 << 20, 256)  # fmt: skip
     contexts = (
-        (1, 1024),
-        (1, 32_768),
-        (1, 1 << 20),
-        (16, 1024),
-        (64, 1024),
+        *((1, n) for n in (1024, 8192, 32_768, 1 << 18, 1 << 20, 4_000_000)),
+        *((rows, 1024) for rows in (2, 4, 8, 16, 32, 64, 128, 256)),
+        (16, 32_768),
         (64, 8192),
-        (256, 1024),
     )
     return Setting(
         config=mmx.preset(options.preset),
         slice_config=mmx.preset("slice-8"),
         decode=contexts,
         slice_contexts=(1024, 1_000_000, 4_000_000),
+        prompts=(1024, 8192, 32_768, 1 << 17, 1 << 20, 4_000_000),
         prompt=32_768,
         chunk=options.chunk,
         new=256,
         steps=options.steps,
         repeats=5,
-        seconds=3,
     )
 
 

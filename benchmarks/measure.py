@@ -53,9 +53,9 @@ def milliseconds(function: Callable[..., Any], *args: Any, batch_ms: float = 50.
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 4 GiB, counting what is read and what is written."""
-    x = jnp.ones((1 << 30,), jnp.float32)
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """GB/s of a copy of so many fp32 numbers (4 GiB), counting what is read and what is written."""
+    x = jnp.ones((size,), jnp.float32)
     return 2 * x.nbytes / milliseconds(jax.jit(lambda x: x + 1), x) / 1e6
 
 

@@ -7,6 +7,7 @@ import pytest
 from random_models import random_tokens
 from test_engine import CONFIG, PAGE, PARAMS, Poisoned, make, run_schedule
 
+from mmx.inference import engine as engines
 from mmx.inference import snapshots
 from mmx.inference.page_store import PageStore
 from mmx.inference.requests import Sampling
@@ -40,6 +41,27 @@ def test_a_hit_gives_the_bits_of_a_miss(alone):
     assert engine.snapshots.saved_tokens >= 256 * len(alone)
     engine.snapshots.clear()
     assert engine.pages.free == engine.pool.num_pages
+
+
+def test_a_hit_reads_what_is_new_and_no_more(monkeypatch):
+    """The time to the first token, counted in tokens read: at 32K 32,769 against at most 257."""
+    read = []
+
+    def counted(params, pool, tokens, count, *rest, original=engines.prefill, **options):
+        read.append(int(count))
+        return original(params, pool, tokens, count, *rest, **options)
+
+    monkeypatch.setattr(engines, "prefill", counted)
+    engine = make(**OPTIONS)
+    prompt = random_tokens(CONFIG, (1, 600), 3)[0].tolist()
+    first, second = [], []
+    for found, last in ((first, 1), (second, 2)):
+        engine.generate([[*prompt, last]], max_new_tokens=1)
+        found += read
+        read.clear()
+    assert (sum(first), sum(second)) == (601, 601 - 512)
+    assert sum(first) >= 5 * sum(second)
+    assert (len(first), len(second)) == (3, 1)
 
 
 def test_random_schedules_with_prefixes(alone):
