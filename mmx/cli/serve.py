@@ -174,7 +174,7 @@ def _warm_up(engine: "Engine") -> None:
     from mmx.inference.requests import Sampling
 
     sizes: list[int] = list(PADDED)
-    while sizes[-1] < engine.chunk:
+    while sizes[-1] < engine.sizes.chunk:
         sizes.append(2 * sizes[-1])
     room = engine.max_seq_len - engine.decode_steps - 1
     sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
