@@ -185,8 +185,8 @@ def _warm_up(engine: "Engine") -> None:
             break
         engine.snapshots.clear()  # or most of the prompt would not be read again
         engine.generate([[0] * length], sampling)
-        if length > engine.snapshots.step:
-            engine.generate([[0] * length], sampling)  # a prefix is found
+        if engine.snapshots.step <= length < room:
+            engine.generate([[0] * (length + 1)], sampling)  # a prefix is found
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 
