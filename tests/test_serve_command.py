@@ -201,7 +201,7 @@ def test_the_warm_up_reads_every_length_although_prefixes_are_kept():
     read, kept = [], []
 
     class Stub:
-        chunk, max_seq_len, decode_steps = 1024, 2000, 2
+        sizes, max_seq_len, decode_steps = SimpleNamespace(chunk=1024), 2000, 2
         snapshots = SimpleNamespace(step=256, clear=kept.clear, hits=0, saved_tokens=0)
 
         def generate(self, prompts, sampling):

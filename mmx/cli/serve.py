@@ -174,7 +174,7 @@ def _warm_up(engine: "Engine") -> None:
     from mmx.inference.requests import Sampling
 
     sizes: list[int] = list(PADDED)
-    while sizes[-1] < engine.chunk:
+    while sizes[-1] < engine.sizes.chunk:
         sizes.append(2 * sizes[-1])
     room = engine.max_seq_len - engine.decode_steps - 1
     sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
@@ -185,8 +185,8 @@ def _warm_up(engine: "Engine") -> None:
             break
         engine.snapshots.clear()  # or most of the prompt would not be read again
         engine.generate([[0] * length], sampling)
-        if length > engine.snapshots.step:
-            engine.generate([[0] * length], sampling)  # a prefix is found
+        if engine.snapshots.step <= length < room:
+            engine.generate([[0] * (length + 1)], sampling)  # a prefix is found
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 
