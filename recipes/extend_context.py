@@ -32,6 +32,7 @@ from mmx.model import Params
 from mmx.placement import RuleName, make_partition
 from mmx.training.evaluation import HeldOut
 from mmx.training.loop import Result, train
+from mmx.training.placement import rows_of_process
 from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
@@ -256,12 +257,14 @@ def _train(
     import jax
 
     stage = recipe.stages[number - 1]
+    partition = partition_of(recipe, config, stage.batch_size, stage.seq_len)
+    index, count = rows_of_process(partition, jax.process_index())
     rows = {
         "seq_len": stage.seq_len,
         "batch_size": stage.batch_size,
         "seed": recipe.seed + number,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "process_index": index,
+        "process_count": count,
     }
     data = Batches(long.folder, weights=weights, split="train", max_epochs=None, **rows)
     heldout = Batches(base.folder, weights=None, split="heldout", max_epochs=1, **rows)
@@ -273,7 +276,7 @@ def _train(
             heldout,
             long,
             params=params,
-            partition=partition_of(recipe, config, stage.batch_size, stage.seq_len),
+            partition=partition,
         )
     finally:
         data.close()
@@ -286,6 +289,8 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
 
     rows = devices = jax.device_count()
     rows *= max(1, 16 // devices)
+    partition = partition_of(recipe, config, rows, recipe.short_len)
+    index, count = rows_of_process(partition, jax.process_index())
     batches = Batches(
         base.folder,
         seq_len=recipe.short_len,
@@ -294,8 +299,8 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
         seed=recipe.seed,
         split="heldout",
         max_epochs=1,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     try:
         heldout = HeldOut(
@@ -303,7 +308,7 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
             16,
             config,
             compute_dtype=recipe.compute_dtype,
-            partition=partition_of(recipe, config, rows, recipe.short_len),
+            partition=partition,
         )
     finally:
         batches.close()

@@ -23,6 +23,7 @@ from mmx.data.mixing import Weights
 from mmx.data.shards import Manifest
 from mmx.placement import RuleName, make_partition
 from mmx.training.loop import Plan, Result, train
+from mmx.training.placement import rows_of_process
 from mmx.training.schedule import (
     BatchSchedule,
     LearningRate,
@@ -223,6 +224,7 @@ def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
         raise ValueError(
             f"--seq-len {recipe.seq_len} is more than max_seq_len={config.max_seq_len} of the model"
         )
+    index, count = rows_of_process(partition, jax.process_index())
     with nullcontext() if peers is None else peers.first_alone():
         manifest = corpus_of(recipe, quiet=peers is not None and not peers.is_first)
     weights = Weights.constant(dict(recipe.weights)) if recipe.weights else None
@@ -232,8 +234,8 @@ def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
         seq_len=recipe.seq_len,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     data = batches(weights=weights, max_epochs=recipe.max_epochs, shuffle_rows=recipe.shuffle_rows)
     heldout = batches(weights=None, max_epochs=1, split="heldout")

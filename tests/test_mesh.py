@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 import mmx
 from mmx.model import param_specs
+from mmx.training.placement import rows_of_process
 from sharding import rules
 from sharding.mesh import AXES, MeshConfig, axis_sizes, make_mesh
 from sharding.partition import Partition, constrain, named
@@ -347,3 +349,25 @@ def test_partitions_that_are_refused():
         Partition(make_mesh(MeshConfig(expert=8)), rules.FSDP)
     with refused("rules 'fsdp' use mesh axis 'data'; the mesh has rows"):
         Partition(AbstractMesh((8,), ("rows",)), rules.FSDP)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ours", "wanted"),
+    [
+        (dict(fsdp=8), rules.FSDP, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (dict(fsdp=2, tensor=4), rules.TENSOR, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (dict(fsdp=2, expert=2, seq=2), rules.EXPERT, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (dict(fsdp=1, seq=8), rules.LONG_CONTEXT, [(0, 1)] * 4),
+    ],
+)
+def test_rows_that_each_of_four_processes_loads(sizes, ours, wanted):
+    """Two devices a process, in order; rows of the same tokens are loaded by all who need them."""
+    partition = Partition(make_mesh(MeshConfig(**sizes)), ours)
+    owned = [dataclasses.replace(Chip(0), process_index=i // 2) for i in range(8)]
+    mesh = SimpleNamespace(
+        devices=np.array(owned).reshape(partition.mesh.devices.shape),
+        axis_names=partition.mesh.axis_names,
+        shape=partition.mesh.shape,
+    )
+    theirs = SimpleNamespace(mesh=mesh, axes_of=partition.axes_of, devices_of=partition.devices_of)
+    assert [rows_of_process(theirs, process) for process in range(4)] == wanted

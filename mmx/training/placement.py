@@ -43,17 +43,54 @@ def put_batch(
 ) -> dict[str, jax.Array | np.ndarray]:
     """Micro-batches [A, b, T] of this process' rows as global arrays, rows and sequence split.
 
+    Args:
+      batch: the rows that `rows_of_process` says; of these all tokens.
+      partition: None leaves the arrays as they are.
+
     Raises:
       ValueError: rows or tokens that the devices cannot share evenly.
     """
     if partition is None:
         return dict(batch)
-    # Checked when the run is made: what is local here has no shape to check.
-    rows, tokens = partition.axes_of("batch"), partition.axes_of("seq")
-    spread = NamedSharding(partition.mesh, PartitionSpec(None, rows or None, tokens or None))
-    return {
-        name: jax.make_array_from_process_local_data(spread, array) for name, array in batch.items()
-    }
+    index, count = rows_of_process(partition, jax.process_index())
+
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        size, rows, length = array.shape
+        shape = (size, rows * count, length)
+
+        def shard(at) -> np.ndarray:
+            begin, end, _ = at[1].indices(shape[1])
+            return array[at[0], begin - index * rows : end - index * rows, at[2]]
+
+        sharding = partition.sharding((None, "batch", "seq"), shape, name=name)
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: put(name, array) for name, array in batch.items()}
+
+
+def rows_of_process(partition: Partition | None, process: int) -> tuple[int, int]:
+    """(index, count): the rows of a micro-batch that a process loads are part `index` of `count`.
+
+    Processes that have other tokens of the same rows, or other experts, load the same part.
+
+    Raises:
+      ValueError: the devices of the process have rows that are no such part.
+    """
+    if partition is None:
+        return 0, 1
+    mesh, axes = partition.mesh, partition.axes_of("batch")
+    at = [mesh.axis_names.index(axis) for axis in axes]
+    shares = np.moveaxis(mesh.devices, at, range(len(at)))
+    shares = shares.reshape(partition.devices_of("batch"), -1)
+    mine = [i for i, share in enumerate(shares) if any(d.process_index == process for d in share)]
+    first, number = mine[0], len(mine)
+    if mine != list(range(first, first + number)) or first % number or len(shares) % number:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: the devices of process {process} have parts {mine} of "
+            f"{len(shares)} of the rows, which are no even share; split the rows over as many "
+            "devices as there are processes, over a multiple or over a divisor"
+        )
+    return first // number, len(shares) // number
 
 
 def with_shardings(state: TrainState, shardings: TrainState | None) -> TrainState:
