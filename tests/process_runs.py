@@ -9,11 +9,15 @@ import time
 from dataclasses import replace
 
 import jax
+import numpy as np
 import train_runs
+from jax.experimental import multihost_utils
 
 from mmx import cli
 from mmx.training import loop
 from recipes import pretrain
+from recipes.processes import together
+from sharding.processes import Processes
 
 STEPS = 8
 CONFIG = replace(train_runs.CONFIG, layer_kinds=("lightning",))
@@ -58,6 +62,28 @@ def child(arguments, log, programs, devices, at=None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def collectives(asked: Processes, log, ending=None) -> None:
+    """No training: collectives for some seconds; after five of them `ending` comes, if any."""
+    words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    with together(asked, train_runs.CONFIG):
+        for number in range(40):
+            if number == 5 and ending is not None:
+                ending()
+            multihost_utils.process_allgather(np.array(number))
+            time.sleep(0.05)
+
+
+def die() -> None:
+    os.kill(os.getpid(), KILL)
+
+
+def fail() -> None:
+    raise ValueError("the disk is full")
 
 
 def _signal_before(step: int, number: int) -> None:

@@ -7,6 +7,7 @@ import train_runs
 from process_runs import KILL, STEPS, TERM, Group, by_hand, command, free_port
 
 from mmx.training.checkpoint import complete_steps
+from sharding.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +86,39 @@ def test_two_processes_stopped_killed_and_started_again_train_as_one(
         assert len({a for a, _ in pairs}) > 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_others_end_when_process_0_is_killed(corpus, group, tmp_path):
-    """It serves the coordination: jax alone would abort them with a stack trace."""
-    found = group(command(corpus, tmp_path / "run"), victim=0, at=(3, KILL))
-    found.children[0].join(600)
+@pytest.mark.parametrize(
+    ("count", "victim", "ending", "code", "victims_code"),
+    [
+        (3, 2, process_runs.die, 1, -KILL),
+        # It serves the coordination: jax alone would abort the others with a stack trace.
+        (2, 0, process_runs.die, 1, -KILL),
+        (2, 1, process_runs.fail, 2, 2),
+        (2, 1, None, 0, 0),
+    ],
+)
+def test_how_one_ends_all_end(processes, tmp_path, count, victim, ending, code, victims_code):
+    address, found = f"127.0.0.1:{free_port()}", Group(processes, tmp_path, None)
+    for number in range(count):
+        found.logs.append(tmp_path / f"log-{number}")
+        asked = (Processes(address, number, count), found.logs[-1])
+        options = (*asked, ending if number == victim else None)
+        found.children.append(processes.Process(target=process_runs.collectives, args=options))
+        found.children[-1].start()
+    found.children[victim].join(120)
     codes, errors = found.end(limit=60)
-    assert codes == [-KILL, 1]
-    assert errors == [[], gone(0)]
+    for number in range(count):
+        if number == victim:
+            assert codes[number] == victims_code
+            failed = ending is process_runs.fail
+            assert errors[number] == (["mmx: error: the disk is full"] if failed else [])
+        else:
+            said = {
+                process_runs.die: gone(victim),
+                process_runs.fail: [f"mmx: error: process {victim} ended: the disk is full"],
+                None: [],
+            }
+            assert codes[number] == code
+            assert errors[number] == said[ending]
 
 
 def test_commands_that_differ_and_one_that_waits_alone(processes, programs, corpus, tmp_path):
