@@ -114,7 +114,9 @@ def device_mesh(topology: Topology, config: MeshConfig) -> Mesh:
     """
     _find_libtpu()
     # One device a chip, as jax shows v4 on a machine that has it.
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, Any] = {}
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     # The plan needs no device of this machine, and must not wait for one.

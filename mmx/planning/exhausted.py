@@ -94,7 +94,9 @@ def of_engine(config: ModelConfig, params: Any, *, rows: int, tokens: int) -> "R
 def _request(config: ModelConfig, mode: Any, partition: Partition | None, **fields: Any):
     from mmx.planning.programs import Request
 
-    mesh = dict.fromkeys(AXES, 1) if partition is None else dict(partition.mesh.shape)
+    mesh: dict[str, int] = {axis: 1 for axis in AXES}
+    if partition is not None:
+        mesh |= {axis: size for axis, size in partition.mesh.shape.items()}
     chosen = rules.FSDP if partition is None else partition.rules
     topology = _machine(math.prod(mesh.values()))
     return Request("the model", config, mode, topology, mesh, chosen, **fields)

@@ -67,13 +67,14 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
         scan, body = eqn, eqn.params["jaxpr"].jaxpr
         most = max(most, _peak(body, size))
         pairs = zip(body.outvars, scan.outvars, strict=True)
-        stacked = [inner for inner, outer in pairs if inner.aval.shape != outer.aval.shape]
+        stacked = [inner for inner, outer in pairs if _shape(inner) != _shape(outer)]
         backward = "transpose" in str(scan.source_info.name_stack)
         if program.request.mode == "train" and not backward:
             made = {v: eqn for eqn in body.eqns for v in eqn.outvars}
             for v in stacked:
                 layer = layer_of(made[v]) if not isinstance(v, Literal) and v in made else None
-                kept += scan.params["length"] * weights.get(layer, 1) * size(v)
+                stands_for = 1 if layer is None else weights.get(layer, 1)
+                kept += scan.params["length"] * stands_for * size(v)
     largest = sorted(set(_arrays(jaxpr, size, "")), reverse=True)
     stacked = sorted(set(_stacked(jaxpr, size, "")), reverse=True)
     hoisted = sorted(set(_hoisted(jaxpr, size, weights)), reverse=True)
@@ -95,7 +96,8 @@ def _hoisted(jaxpr: Jaxpr, size: Size, weights: dict) -> Iterator[tuple[float, s
     for eqn in jaxpr.eqns:
         for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
             if v in known and v in read and eqn.primitive.name == "shard_map":
-                times = weights.get(layer_of(eqn), 1)
+                layer = layer_of(eqn)
+                times = 1 if layer is None else weights.get(layer, 1)
                 yield bytes_ * times, _scope("", eqn), _shape(v)
         for inner in _bodies(eqn):
             yield from _hoisted(inner, _inside(eqn, size), weights)
@@ -107,7 +109,7 @@ def _stacked(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str,
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             for inner, outer in zip(body.outvars, eqn.outvars, strict=True):
-                if inner.aval.shape != outer.aval.shape:
+                if _shape(inner) != _shape(outer):
                     yield eqn.params["length"] * size(inner), here, _shape(outer)
         for one in _bodies(eqn):
             yield from _stacked(one, _inside(eqn, size), here)

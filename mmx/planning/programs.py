@@ -330,7 +330,7 @@ def _decode(ask: Request, config: ModelConfig, partition: Partition) -> tuple[An
         return jnp.argmax(out.logits[:, -1], axis=-1), out.cache
 
     cache = jax.eval_shape(lambda: init_cache(config, ask.batch, ask.seq, jnp.dtype(ask.dtype)))
-    axes = Cache(
+    heads: dict[str, Any] = dict(
         lightning_states=(None, "batch", "heads", None, None),
         keys=(None, "batch", None, "kv_heads", None),
         values=(None, "batch", None, "kv_heads", None),
@@ -339,6 +339,7 @@ def _decode(ask: Request, config: ModelConfig, partition: Partition) -> tuple[An
         segments=("batch",),
         positions=("batch",),
     )
+    axes = Cache(**heads)
     cache = _placed(cache, named(cache, axes, partition))
     arguments = (_params(ask, config, partition), _tokens((ask.batch, 1), partition), cache)
     return jax.jit(decode, donate_argnums=2), arguments
