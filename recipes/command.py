@@ -2,14 +2,17 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import tyro
+
+from sharding.processes import Processes
 
 
 def parse[Recipe](
     command: str, about: str, presets: Mapping[str, Recipe], arguments: Sequence[str]
-) -> Recipe | None:
-    """The recipe that `mmx COMMAND PRESET [OPTIONS]` asks for; None when it asked for help.
+) -> tuple[Recipe, Processes] | None:
+    """What `mmx COMMAND PRESET [OPTIONS]` asks for, and of whom; None when it asked for help.
 
     Raises:
       ValueError: an unknown preset; the message suggests the nearest.
@@ -24,4 +27,15 @@ def parse[Recipe](
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown preset {name!r}; {hint}The presets are {names}")
     default = presets[name]
-    return tyro.cli(type(default), prog=f"mmx {command} {name}", args=rest, default=default)
+    # Flags of both without a prefix, in one list.
+    recipe, processes = (
+        Annotated[kind, tyro.conf.arg(name="")] for kind in (type(default), Processes)
+    )
+    both: Any = tuple[recipe, processes]
+    return tyro.cli(
+        both,
+        prog=f"mmx {command} {name}",
+        description=type(default).__doc__,
+        args=rest,
+        default=(default, Processes()),
+    )

@@ -37,6 +37,7 @@ from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
 from recipes import command
 from sharding import MeshConfig, Partition
+from sharding.processes import detect
 
 
 @dataclass(frozen=True)
@@ -327,9 +328,15 @@ def _needles(
 
 def main(arguments: Sequence[str]) -> int:
     """`mmx extend PRESET [OPTIONS]`."""
-    recipe = command.parse("extend", __doc__ or "", PRESETS, arguments)
-    if recipe is None:
+    parsed = command.parse("extend", __doc__ or "", PRESETS, arguments)
+    if parsed is None:
         return 0
+    recipe, processes = parsed
+    if (cluster := detect(processes)) is not None:
+        raise ValueError(
+            f"mmx extend runs in one process, and this is {cluster.describe()}; start it once, "
+            "with --num-processes 1"
+        )
     _report(recipe, run(recipe))
     return 0
 

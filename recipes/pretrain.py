@@ -11,6 +11,7 @@ the preset's schedule, whatever --steps says.
 import functools
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,9 @@ from mmx.training.schedule import (
 )
 from mmx.training.step import StepOptions
 from recipes import command
+from recipes.processes import together
 from sharding import MeshConfig
+from sharding.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -197,18 +200,19 @@ def learning_rate(recipe: Pretrain, batches: BatchSchedule) -> LearningRate:
     )
 
 
-def corpus_of(recipe: Pretrain) -> Manifest:
+def corpus_of(recipe: Pretrain, *, quiet: bool = False) -> Manifest:
     """The shards asked for; or those of the standard library, built once for each vocabulary."""
     if recipe.corpus is not None:
         return Manifest.load(recipe.corpus)
     vocab_size = min(preset(recipe.model).vocab_size, 32_768)
     folder = recipe.run_dir.parent / f"corpus-stdlib-{vocab_size}"
-    print(f"corpus: the standard library of this Python, in {folder}", flush=True)
+    if not quiet:
+        print(f"corpus: the standard library of this Python, in {folder}", flush=True)
     return build_default(folder, vocab_size=vocab_size, workers=os.cpu_count() or 1)
 
 
-def run(recipe: Pretrain) -> Result:
-    """Build what is missing, train, or go on training."""
+def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
+    """Build what is missing, train, or go on training; with the other processes if any."""
     import jax
 
     config = preset(recipe.model)
@@ -219,7 +223,8 @@ def run(recipe: Pretrain) -> Result:
         raise ValueError(
             f"--seq-len {recipe.seq_len} is more than max_seq_len={config.max_seq_len} of the model"
         )
-    manifest = corpus_of(recipe)
+    with nullcontext() if peers is None else peers.first_alone():
+        manifest = corpus_of(recipe, quiet=peers is not None and not peers.is_first)
     weights = Weights.constant(dict(recipe.weights)) if recipe.weights else None
     batches = functools.partial(
         Batches,
@@ -242,11 +247,14 @@ def run(recipe: Pretrain) -> Result:
 
 def main(arguments: Sequence[str]) -> int:
     """`mmx train PRESET [OPTIONS]`."""
-    recipe = command.parse("train", __doc__ or "", PRESETS, arguments)
-    if recipe is None:
+    parsed = command.parse("train", __doc__ or "", PRESETS, arguments)
+    if parsed is None:
         return 0
-    result = run(recipe)
-    _report(recipe, result)
+    recipe, processes = parsed
+    with together(processes, recipe) as peers:
+        result = run(recipe, peers)
+    if peers is None or peers.is_first:
+        _report(recipe, result)
     return 0
 
 

@@ -15,6 +15,7 @@ PRELOADED = [
     "mmx.training.loop",
     "optax",
     "pytest",
+    "recipes.pretrain",
 ]
 
 

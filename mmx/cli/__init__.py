@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "info": "layers, parameters and memory of a checkpoint or a preset",
+    "plan": "whether a program fits a machine that is not here, and how fast it could be",
     "generate": "continue a prompt with a checkpoint or a run",
     "chat": "talk with a checkpoint in a terminal",
     "serve": "answer requests over HTTP, as OpenAI's clients send them",
@@ -76,8 +77,13 @@ def _help() -> str:
     )
 
 
-def _fail(message: str) -> int:
+def report_error(message: str) -> None:
+    """One line on stderr."""
     print(f"mmx: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
+    report_error(message)
     return 2
 
 

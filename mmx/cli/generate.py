@@ -133,16 +133,16 @@ def _stream(engine: "Engine", prompt: list[int], sampling: "Sampling") -> "Itera
 
     engine.submit(prompt, sampling)
     console = Console(stderr=True)
-    watched = console.is_terminal and len(prompt) > engine.chunk
+    watched = console.is_terminal and len(prompt) > engine.sizes.chunk
     columns = "prompt", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
         task = bar.add_task("prompt", total=len(prompt))
         read = 0
         # The last chunk gives a token, which is looked at below.
-        while watched and len(prompt) - read > engine.chunk:
+        while watched and len(prompt) - read > engine.sizes.chunk:
             yield from engine.step()
             jax.block_until_ready(engine.pool)  # what was sent off is not yet done
-            read += chunk_size(len(prompt) - read, engine.chunk)
+            read += chunk_size(len(prompt) - read, engine.sizes.chunk)
             bar.update(task, completed=read)
     while not engine.idle:
         yield from engine.step()

@@ -105,15 +105,18 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
     from mmx.inference.text import longest_token
+    from mmx.planning.exhausted import explained, of_engine
 
     # Where the template lies is nobody's business out there.
     template = dataclasses.replace(load_chat_template(options.path), file="the model")
     config, params = load_model(options.path, options)
     room = _room(options, config)
     check_memory(config, params, room, show=True)
-    engine = room.engine(config, params, tokenizer=tokenizer)
-    if options.warm_up:
-        _warm_up(engine)
+    tokens = room.pages * room.page_size
+    with explained(lambda: of_engine(config, params, rows=room.rows, tokens=tokens)):
+        engine = room.engine(config, params, tokenizer=tokenizer)
+        if options.warm_up:
+            _warm_up(engine)
     longest = longest_token(tokenizer)
     served = Served(
         name=options.model_name or options.path.resolve().name,
@@ -171,7 +174,7 @@ def _warm_up(engine: "Engine") -> None:
     from mmx.inference.requests import Sampling
 
     sizes: list[int] = list(PADDED)
-    while sizes[-1] < engine.chunk:
+    while sizes[-1] < engine.sizes.chunk:
         sizes.append(2 * sizes[-1])
     room = engine.max_seq_len - engine.decode_steps - 1
     sampling = Sampling(max_new_tokens=engine.decode_steps + 1, ignore_eos=True)
@@ -182,8 +185,8 @@ def _warm_up(engine: "Engine") -> None:
             break
         engine.snapshots.clear()  # or most of the prompt would not be read again
         engine.generate([[0] * length], sampling)
-        if length > engine.snapshots.step:
-            engine.generate([[0] * length], sampling)  # a prefix is found
+        if engine.snapshots.step <= length < room:
+            engine.generate([[0] * (length + 1)], sampling)  # a prefix is found
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 

@@ -11,6 +11,7 @@ from mmx.config import ModelConfig
 from mmx.inference.engine import Engine
 from mmx.inference.requests import Sampling
 from mmx.model import Params, Tokens, check_tokens
+from mmx.planning.exhausted import explained, of_engine
 
 FINISHED = -1
 _ROWS = 64  # sequences that decode together at most
@@ -76,19 +77,20 @@ def generate(
         raise ValueError(f"row {row} of mask has no token; every prompt needs at least one")
     rows = min(batch, _ROWS)
     pages = -(-(width + max_new_tokens) // _PAGE)
-    engine = Engine(
-        config,
-        params,
-        rows=rows,
-        pages=rows * pages,
-        page_size=_PAGE,
-        max_seq_len=pages * _PAGE,
-        chunk=256 if width <= _SHORT else 2048,
-        snapshots=0,
-        implementation=implementation,
-    )
-    prompts = [row[here] for row, here in zip(np.asarray(tokens), real, strict=True)]
-    results = engine.generate(prompts, [_of_row(sampling, row) for row in range(batch)])
+    with explained(lambda: of_engine(config, params, rows=rows, tokens=rows * pages * _PAGE)):
+        engine = Engine(
+            config,
+            params,
+            rows=rows,
+            pages=rows * pages,
+            page_size=_PAGE,
+            max_seq_len=pages * _PAGE,
+            chunk=256 if width <= _SHORT else 2048,
+            snapshots=0,
+            implementation=implementation,
+        )
+        prompts = [row[here] for row, here in zip(np.asarray(tokens), real, strict=True)]
+        results = engine.generate(prompts, [_of_row(sampling, row) for row in range(batch)])
     out = np.full((batch, max_new_tokens), FINISHED, np.int32)
     for row, result in zip(out, results, strict=True):
         row[: len(result.tokens)] = result.tokens

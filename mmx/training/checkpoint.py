@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 
 from mmx import integrity
 from mmx.training import folders
+from mmx.training.agreement import by_first
 from mmx.training.checkpoint_arrays import (
     PARAMS,
     Arrays,
@@ -245,12 +246,7 @@ class Checkpoints:
 
     def _begin(self, step: int, arrays: Arrays) -> None:
         """Copy the arrays to the host and start to write them."""
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            folders.sweep(self.folder)
-            # A folder that cannot be written fails here, before Orbax has threads under way.
-            _folder_of_save(self.folder, step).mkdir()
-            _folder_of_save(self.folder, step).rmdir()
+        by_first(lambda: folders.prepare(self.folder, step))
         if self._checkpointer is None:
             logging.getLogger("absl").addFilter(_without_orbax_errors)
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())

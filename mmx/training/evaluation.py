@@ -14,6 +14,7 @@ from mmx.data.batches import Batches
 from mmx.data.shards import write_atomic
 from mmx.inference.generation import generate
 from mmx.model import Params
+from mmx.training.agreement import compile_together
 from mmx.training.losses import loss_parts
 from mmx.training.placement import put_batch
 from mmx.training.step import ComputeDtype, compute_params
@@ -61,6 +62,7 @@ class HeldOut:
 
     def loss(self, params: Params) -> float:
         """Nats a target."""
+        compile_together(_summed_loss, params, self._batches[0], **self._loss.keywords)
         sums = [self._loss(params, batch) for batch in self._batches]
         total, targets = np.sum([jax.device_get(pair) for pair in sums], axis=0, dtype=np.float64)
         return float(total / max(targets, 1))

@@ -51,6 +51,19 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(folder / name)
 
 
+def prepare(folder: Path, step: int) -> None:
+    """Make `folder` ready for the save of a step; for its only writer.
+
+    Raises:
+      OSError: it cannot be written; found here, before a save has threads under way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    saving = folder / (step_folder(folder, step).name + SAVING)
+    saving.mkdir()
+    saving.rmdir()
+
+
 def publish(folder: Path, *, step: int) -> None:
     """Give the complete folder of a save its name, replacing an earlier save of the same step.
 

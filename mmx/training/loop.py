@@ -14,23 +14,23 @@ bit.
 
 import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from mmx.data.batches import Batches
 from mmx.data.shards import Manifest, write_atomic
 from mmx.model import Params
+from mmx.planning.exhausted import explained, of_training
 from mmx.training import metrics as measuring
+from mmx.training.agreement import as_first, compile_together, signals, stop_agreed
 from mmx.training.checkpoint import Checkpoints, SaveFailed
 from mmx.training.display import Display
 from mmx.training.evaluation import HeldOut, write_samples
@@ -78,6 +78,7 @@ def train(
     """Train, or go on training, in a run folder.
 
     SIGTERM and SIGINT let the step in progress end, save, and return; a second one is not caught.
+    Of several processes all call this; they stop and save together, and process 0 writes and shows.
 
     Args:
       plan: what to train. A folder that has checkpoints must have been trained with the same
@@ -93,12 +94,16 @@ def train(
       ValueError: the folder belongs to another model or corpus, or cannot be written.
       TrainingStopped: `max_skipped` bad steps in a row.
       SaveFailed: the last checkpoint could not be written.
+      MemoryExhausted: on a device; a plan of what would help is on stderr.
     """
     with ExitStack() as stack:
+        stack.enter_context(explained(lambda: of_training(plan, partition)))
         run = _open(plan, run_dir, data, heldout, manifest, params, partition, stack)
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(signals())
         run.measure_before()
-        while run.step < plan.steps and run.trouble is None and not _agreed(stop["asked"]):
+        while run.step < plan.steps and run.trouble is None:
+            if stop_agreed(stop["asked"], run.step):
+                break
             run.take_step()
         run.flush()
         finished = run.step >= plan.steps
@@ -135,7 +140,8 @@ def _open(
     checkpoints = stack.enter_context(
         Checkpoints(run_dir / "checkpoints", keep=plan.keep, save_every=plan.save_every)
     )
-    latest = checkpoints.latest()
+    found = as_first(-1 if (latest := checkpoints.latest()) is None else latest)
+    latest = None if found < 0 else found
     if latest is None:
         state = init_state(
             plan.config,
@@ -218,7 +224,10 @@ class _Run:
             self.log = None
         tokens = plan.batches.accumulation(self.step) * plan.batches.micro_batch_tokens
         self.display = Display(
-            total_steps=plan.steps, first_step=self.step + 1, tokens_per_step=tokens
+            total_steps=plan.steps,
+            first_step=self.step + 1,
+            tokens_per_step=tokens,
+            console=None if jax.process_index() == 0 else Console(quiet=True, force_terminal=False),
         )
         stack.callback(self.display.close)
         self.display.opening(opening_rows(plan, self.folder, self.step, self.partition))
@@ -248,6 +257,9 @@ class _Run:
         if batch is None:
             return
         self._waited += time.perf_counter() - begin
+        if self.program.num_compiles == 0:
+            arguments = self.state, batch, np.int32(accumulation)
+            compile_together(self.program.program, *arguments)
         self.state, metrics = self.program(self.state, batch, accumulation)
         # The record of the step before is fetched while this one runs.
         self.flush()
@@ -312,7 +324,8 @@ class _Run:
         self._clock = time.perf_counter()
 
     def _save(self) -> None:
-        if self.step in self.checkpoints.steps():
+        self.checkpoints.wait()  # so that every process sees the same steps
+        if as_first(self.step in self.checkpoints.steps()):
             return
         config = self.plan.describe()
         self.checkpoints.save(self.step, self.state, data=self.data.get_state(), config=config)
@@ -353,32 +366,3 @@ class _Run:
         if jax.process_index() == 0:
             text = json.dumps(self.about, indent=1) + "\n"
             write_atomic(self.folder / "run.json", text.encode())
-
-
-@contextmanager
-def _signals() -> Iterator[dict[str, bool]]:
-    """Note SIGTERM and SIGINT instead of dying of them; the second one is as usual."""
-    asked = {"asked": False}
-    before = {}
-
-    def note(number: int, frame: object) -> None:
-        asked["asked"] = True
-        signal.signal(number, before[number])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        pass
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agreed(asked: bool) -> bool:
-    """Whether any process was asked to stop, so that all save the same step."""
-    if jax.process_count() == 1:
-        return asked
-    return bool(np.any(multihost_utils.process_allgather(np.array(asked))))

@@ -57,7 +57,8 @@ def grouped_matmul(
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"{name}: group_sizes has dtype {group_sizes.dtype}; it must be integer")
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, w, group_sizes)
-    return chosen.call(x, w, group_sizes, *(() if w_scale is None else (w_scale,)))
+    with jax.named_scope("grouped_matmul"):
+        return chosen.call(x, w, group_sizes, *(() if w_scale is None else (w_scale,)))
 
 
 def _require_int8(name: str, x: jax.Array, w: jax.Array, w_scale: jax.Array) -> None:

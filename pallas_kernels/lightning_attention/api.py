@@ -79,7 +79,8 @@ def lightning_attention(
     chosen = dispatch.select(
         name, IMPLEMENTATIONS, implementation, q, k, v, decay_slopes, **arguments
     )
-    return chosen.call(q, k, v, decay_slopes, **arguments)
+    with jax.named_scope("attend"):
+        return chosen.call(q, k, v, decay_slopes, **arguments)
 
 
 def lightning_decode_step(
@@ -109,7 +110,8 @@ def lightning_decode_step(
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
     dispatch.require_floating(name, state=state)
     _check_slopes(name, decay_slopes, q.shape[1])
-    return xla.lightning_decode_step(q, k, v, decay_slopes, state)
+    with jax.named_scope("attend"):
+        return xla.lightning_decode_step(q, k, v, decay_slopes, state)
 
 
 def _check_slopes(name: str, decay_slopes: jax.Array, heads: int) -> None:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -98,4 +99,5 @@ def paged_attention(
     if return_lse:
         static["return_lse"] = True
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **static)
-    return chosen.call(*arrays, **static)
+    with jax.named_scope("attend"):
+        return chosen.call(*arrays, **static)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -79,7 +80,8 @@ def softmax_attention(
     arguments = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
     arrays = (q, k, v, segment_ids, kv_segment_ids, q_offset)
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays, **arguments)
-    out, lse = chosen.call(*arrays, **arguments)
+    with jax.named_scope("attend"):
+        out, lse = chosen.call(*arrays, **arguments)
     return (out, lse) if return_lse else out
 
 
@@ -121,4 +123,5 @@ def attention_block_backward(
     arrays = (q, k, v, out, lse, grad_out, segment_ids, kv_segment_ids, q_offset)
     static = dict(causal=causal, scale=1 / math.sqrt(key_dim) if scale is None else float(scale))
     chosen = dispatch.select(name, BLOCK_IMPLEMENTATIONS, implementation, *arrays, **static)
-    return chosen.call(*arrays, **static)
+    with jax.named_scope("attend"):
+        return chosen.call(*arrays, **static)

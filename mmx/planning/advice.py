@@ -1,0 +1,62 @@
+"""What would make a program fit: other settings, planned in the same way."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from mmx.planning.programs import Request
+from mmx.planning.report import make_plan
+
+MOST = 3
+
+
+def advise(ask: Request) -> list[tuple[str, int, bool]]:
+    """The settings that help most: (what to write, peak bytes of a device, whether it fits).
+
+    Those that fit come first, and of them those that change least.
+    """
+    found = []
+    for setting, other in _changes(ask):
+        try:
+            plan = make_plan(other)
+        except ValueError:  # not with these sizes
+            continue
+        found.append((setting, plan.total, plan.fits))
+    order = sorted(
+        range(len(found)), key=lambda i: (not found[i][2], 0 if found[i][2] else found[i][1])
+    )
+    return [found[i] for i in order[:MOST]]
+
+
+def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
+    """One setting changed, the least change first."""
+
+    def change(**fields) -> Request:
+        return dataclasses.replace(ask, **fields)
+
+    if ask.mode == "train":
+        if ask.remat != "layer":
+            yield "--remat layer", change(remat="layer")
+        groups = 4 * ask.expert_groups
+        if ask.mesh["expert"] > 1 and ask.seq % groups == 0:
+            yield f"--expert-groups {groups}", change(expert_groups=groups)
+        if ask.batch % 2 == 0:
+            batch, turns = ask.batch // 2, 2 * ask.accumulation
+            setting = f"--batch {batch} --accumulation {turns}"
+            yield setting, change(batch=batch, accumulation=turns)
+        if ask.optimizer_dtype == "float32":
+            yield "--optimizer-dtype bfloat16", change(optimizer_dtype="bfloat16")
+        if ask.capacity_factor is None:
+            yield "--capacity-factor 1.25", change(capacity_factor=1.25)
+    else:
+        if ask.weights == "bf16":
+            yield "--weights int8", change(weights="int8")
+        if ask.batch > 1:
+            yield f"--batch {ask.batch // 2}", change(batch=ask.batch // 2)
+    slices = 2 * ask.topology.slices
+    axis = "fsdp" if ask.mode == "train" else "tensor"
+    larger = dataclasses.replace(ask.topology, slices=slices)
+    mesh = ask.mesh | {axis: 2 * ask.mesh[axis]}
+    yield f"twice the devices, {axis}={mesh[axis]}", change(topology=larger, mesh=mesh)
+    shorter = ask.seq // 2
+    if shorter:
+        yield f"--seq {shorter}", change(seq=shorter)

@@ -1,0 +1,169 @@
+"""Compile a program for TPUs that are not there, with libtpu; no TPU is looked for."""
+
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mmx.planning import hlo
+from mmx.planning.programs import Request, build
+from mmx.planning.topology import Topology
+from mmx.planning.walk import Collective
+from sharding import MeshConfig, make_mesh
+
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; bytes are of one device.
+
+    Attributes:
+      seconds: that it took.
+      arguments, outputs, shared, temporary: `shared` are outputs in the place of arguments.
+      code: of the program itself.
+      messages: of the compiled program, loops multiplied.
+      failure: why there is none of this, when it did not compile for want of memory.
+      needed: bytes of HBM that it asked for then; 0 when the message does not say.
+    """
+
+    seconds: float
+    arguments: int = 0
+    outputs: int = 0
+    shared: int = 0
+    temporary: int = 0
+    code: int = 0
+    messages: tuple[Collective, ...] = ()
+    failure: str | None = None
+    needed: int = 0
+
+    @property
+    def total(self) -> int:
+        """Peak: arguments, results that are no argument's, what comes and goes, and code."""
+        if self.failure is not None:
+            return self.needed
+        return self.arguments + self.outputs - self.shared + self.temporary + self.code
+
+
+def compile_request(ask: Request) -> Compiled:
+    """Lower and compile the whole program of a request for its topology.
+
+    Raises:
+      ValueError: libtpu is missing or held by another process, or knows no such topology.
+    """
+    mesh = device_mesh(ask.topology, MeshConfig(**ask.mesh))
+    began = time.perf_counter()
+    traced = build(ask, mesh).trace()
+    try:
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        message = " ".join(str(error).split())
+        return Compiled(
+            time.perf_counter() - began, failure=_reason(message), needed=_needed(message)
+        )
+    seconds = time.perf_counter() - began
+    stats: Any = compiled.memory_analysis()
+    return Compiled(
+        seconds,
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        shared=stats.alias_size_in_bytes,
+        temporary=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        messages=tuple(hlo.collectives(str(compiled.as_text()), ask.mesh)),
+    )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a compiler or a runtime says that memory ran out."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _reason(message: str) -> str:
+    """Which memory, and of a kernel's own which kernel."""
+    if re.search(r"\bvmem\b", message, re.IGNORECASE):
+        kernel = re.search(r'(?:kernel_name|name)[=:]? ?"?(\w+)', message)
+        where = f" in the kernel {kernel[1]}" if kernel else ""
+        return f"vector memory (VMEM) overflows{where}: {message[:300]}"
+    return f"HBM is too small: {message[:300]}"
+
+
+def _needed(message: str) -> int:
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
+    return int(float(used[1]) * _SIZES[used[2]]) if used else 0
+
+
+def device_mesh(topology: Topology, config: MeshConfig) -> Mesh:
+    """The mesh of a topology's devices, as libtpu describes them.
+
+    Raises:
+      ValueError: libtpu is missing or held by another process, or knows no such topology.
+    """
+    _find_libtpu()
+    # One device a chip, as jax shows v4 on a machine that has it.
+    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    # The plan needs no device of this machine, and must not wait for one.
+    jax.config.update("jax_platforms", "cpu")
+    with _quiet() as said:
+        try:
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.name, **options
+            )
+        except Exception as error:
+            raise ValueError(_trouble(f"{error} {said()}", topology)) from None
+    return make_mesh(config, list(found.devices), slices=topology.slices)
+
+
+def _find_libtpu() -> None:
+    if importlib.util.find_spec("libtpu") is not None:
+        return
+    beside = Path(sys.prefix) / "libtpu"
+    if not (beside / "libtpu").is_dir():
+        raise ValueError(
+            "libtpu, the compiler for TPUs, is not installed: pip install 'mmx[tpu]' (no TPU is "
+            "needed), or take --quick, which compiles nothing"
+        )
+    sys.path.append(str(beside))
+
+
+def _trouble(message: str, topology: Topology) -> str:
+    if "lockfile" in message or "ABORTED" in message:
+        return (
+            "another process holds libtpu: wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to "
+            "let several run at once"
+        )
+    return f"libtpu does not know {topology.name}: {' '.join(message.split())[:200]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[Any]:
+    """Keep what libtpu writes about machines it does not find from the screen."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def said() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)

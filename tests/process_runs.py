@@ -1,0 +1,116 @@
+"""`mmx train` in several processes on loopback, forked, with a model that compiles in moments."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import train_runs
+
+from mmx import cli
+from mmx.training import loop
+from recipes import pretrain
+
+STEPS = 8
+CONFIG = replace(train_runs.CONFIG, layer_kinds=("lightning",))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def command(corpus, folder, *options) -> list[str]:
+    """`mmx train` on the corpus of `train_runs`."""
+    return [
+        "train", "demo", "--corpus", str(corpus), "--run-dir", str(folder),
+        "--seq-len", str(train_runs.LENGTH), "--batch-size", str(train_runs.ROWS),
+        "--weights", "one", "0.5", "two", "0.5", "--steps", str(STEPS), "--save-every", "2",
+        "--heldout-every", "4", "--sample-every", "0", "--no-tensorboard", *map(str, options),
+    ]  # fmt: skip
+
+
+def by_hand(port: int, process: int, count: int) -> list[str]:
+    return [
+        "--coordinator", f"127.0.0.1:{port}", "--process-id", str(process),
+        "--num-processes", str(count),
+    ]  # fmt: skip
+
+
+def child(arguments, log, programs, devices, at=None) -> None:
+    """The command, its words in a file; `at` is (step, signal): sent to itself before that step."""
+    words = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_disable_most_optimizations", True)
+    train_runs.keep_programs(programs)
+    pretrain.preset = lambda name: CONFIG
+    if at is not None:
+        _signal_before(*at)
+    code = cli.main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _signal_before(step: int, number: int) -> None:
+    take_step = loop._Run.take_step
+
+    def take(self):
+        if self.step == step - 1:
+            self.checkpoints.wait()
+            os.kill(os.getpid(), number)
+        if self.step >= step - 1:
+            time.sleep(1)  # steps here take less than jax's runtime to hear of a signal
+        take_step(self)
+
+    loop._Run.take_step = take
+
+
+class Group:
+    """Children that run the same command, each with its number."""
+
+    def __init__(self, processes, folder, programs):
+        self.processes, self.folder, self.programs = processes, folder, programs
+        self.children, self.logs = [], []
+
+    def start(self, arguments, *, devices=2, at=None):
+        log = self.folder / f"log-{len(self.children)}-{time.monotonic_ns()}"
+        self.logs.append(log)
+        options = (arguments, log, self.programs, devices, at)
+        self.children.append(self.processes.Process(target=child, args=options))
+        self.children[-1].start()
+        return self
+
+    def end(self, limit=600.0):
+        """Exit code, last error line and seconds until the end, of each."""
+        begin, seconds = time.monotonic(), {}
+        while len(seconds) < len(self.children):
+            for number, process in enumerate(self.children):
+                if number not in seconds and not process.is_alive():
+                    seconds[number] = time.monotonic() - begin
+            if time.monotonic() - begin > limit:
+                for process in self.children:
+                    process.kill()
+                raise AssertionError("\n".join(log.read_text() for log in self.logs))
+            time.sleep(0.05)
+        codes = [process.exitcode for process in self.children]
+        return codes, [errors(log.read_text()) for log in self.logs]
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("mmx: error:")]
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
