@@ -94,7 +94,7 @@ class Engine:
             kv_dtype=kv_dtype, snapshots=snapshots, partition=partition,
         )  # fmt: skip
         self.sizes, self.row_pages, self.max_seq_len = sizes, sizes.row_pages, sizes.max_seq_len
-        self.decode_steps = decode_steps
+        self.chunk, self.decode_steps = chunk, decode_steps
         self._how = dict(config=config, implementation=implementation, partition=partition)
         self.pool: Pool = init_pool(config, sizes.pool, partition)
         self.rows = empty_rows(config, rows, self.row_pages)
@@ -339,7 +339,7 @@ class Engine:
     def _read(self, request: Live) -> None:
         """Send off the next chunk of a prompt; with the last one, the choice of a first token."""
         left = request.prompt.size - request.read
-        size = chunk_size(left, self.sizes.chunk)
+        size = chunk_size(left, self.chunk)
         count = min(size, left)
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.prompt[request.read : request.read + count]
