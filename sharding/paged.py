@@ -63,17 +63,27 @@ def write_and_attend(
     def shard(*arrays):
         if not over:
             return _attend(*arrays, implementation=implementation)
-        *others, page_table, positions, layer = arrays
+        q, k, v, key_pages, value_pages, page_table, positions, layer = arrays
         count, here = jax.lax.axis_size(over), jax.lax.axis_index(over)
-        slots, pages = others[3].shape[2], others[3].shape[1]
+        pages, slots = key_pages.shape[1:3]
         table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % count)))
         table = table.reshape(table.shape[0], -1, count)
         table = jax.lax.dynamic_index_in_dim(table, here, axis=2, keepdims=False) - here * pages
         limits, ours = local_positions(positions, slots, count, here)
         (out, lse), keys, values = _attend(
-            *others, table, limits, layer, writes=ours, merged=False, implementation=implementation
+            q,
+            k,
+            v,
+            key_pages,
+            value_pages,
+            table,
+            limits,
+            layer,
+            writes=ours,
+            merged=False,
+            implementation=implementation,
         )
-        return merge(out, lse, over).astype(others[0].dtype), keys, values
+        return merge(out, lse, over).astype(q.dtype), keys, values
 
     heads = partition.spec((None, None, "heads", None), q.shape, name="queries of paged attention")
     new = partition.spec((None, None, "kv_heads", None), k.shape, name="keys of paged attention")

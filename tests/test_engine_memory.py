@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import CONFIG, PARAMS, make
 from random_models import random_params, random_tokens
-from test_engine import CONFIG, PARAMS, make
 
 from mmx.inference import memory_plan
 from mmx.inference.decoding import decode

@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from engines import CONFIG, PAGE, PARAMS, Poisoned, make, run_schedule
 from random_models import random_tokens
-from test_engine import CONFIG, PAGE, PARAMS, Poisoned, make, run_schedule
 
 from mmx.inference import engine as engines
 from mmx.inference import snapshots

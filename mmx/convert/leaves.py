@@ -7,6 +7,7 @@ time, so that the host holds a share and a piece, never a parameter that is spli
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def read_leaf(leaf: Leaf, partition: Partition | None) -> jax.Array | Int8:
         of_scale = leaf.of_scale(axes, None)
         shardings.append(partition.sharding(of_scale, shapes[1], name=leaf.name))
     # Of a mesh over several processes, each reads what its own devices hold.
-    holders: dict[Box, list[jax.Device]] = {}
+    holders: dict[Box, list[Any]] = {}
     for device, index in shardings[0].addressable_devices_indices_map(shape).items():
         assert index is not None
         share = tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True))
