@@ -80,7 +80,7 @@ def rows_of_process(partition: Partition | None, process: int) -> tuple[int, int
         return 0, 1
     mesh, axes = partition.mesh, partition.axes_of("batch")
     at = [mesh.axis_names.index(axis) for axis in axes]
-    shares = np.moveaxis(mesh.devices, at, range(len(at)))
+    shares = np.moveaxis(np.asarray(mesh.devices), at, range(len(at)))
     shares = shares.reshape(partition.devices_of("batch"), -1)
     mine = [i for i, share in enumerate(shares) if any(d.process_index == process for d in share)]
     first, number = mine[0], len(mine)
