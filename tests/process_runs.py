@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from mmx import cli
 from mmx.training import loop
+from mmx.training.checkpoint import complete_steps
 from recipes import pretrain
 from recipes.processes import together
 from sharding.processes import Processes
@@ -91,7 +92,9 @@ def _signal_before(step: int, number: int) -> None:
 
     def take(self):
         if self.step == step - 1:
-            self.checkpoints.wait()
+            due = (step - 1) // self.plan.save_every * self.plan.save_every
+            while number == KILL and due not in complete_steps(self.checkpoints.folder):
+                time.sleep(0.1)  # `wait` of this process alone would wait for the others
             os.kill(os.getpid(), number)
         if self.step >= step - 1:
             time.sleep(1)  # steps here take less than jax's runtime to hear of a signal
