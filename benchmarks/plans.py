@@ -9,6 +9,7 @@ What a compiler said is kept in results/plans.json, with the day, and shown besi
 import argparse
 import datetime
 import importlib.metadata
+import io
 import json
 import resource
 from pathlib import Path
@@ -64,7 +65,8 @@ an estimate from the traced program unless the compiler's figure stands beside i
 every part of the model at the peak rate of what it needs most, messages without latency. The first
 rate is with messages hidden behind the work of the same part, the second without.
 
-On GPUs nothing is compiled, and the traced program is the XLA form of the kernels.
+Where the compiler was asked, its figure says whether the plan fits. On GPUs nothing is compiled, and
+the traced program is the XLA form of the kernels.
 """
 
 
@@ -102,6 +104,8 @@ def line(name: str, plan, compiled: dict | None) -> str:
     seen = "-"
     if compiled:
         seen = f"{compiled['total'] / 1e9:.1f}" if compiled["total"] else "does not compile"
+        # The compiler knows better than the estimate.
+        fits = "yes" if not compiled["failure"] and compiled["total"] <= plan.capacity else "no"
     return (
         f"| {name} | {peak:.1f} | {seen} | {capacity:.1f} | {fits} | {flops:.4g} | "
         f"{fast:,.0f} / {slow:,.0f} | {share:.2f} / {less:.2f} |"
@@ -137,9 +141,10 @@ def document(known: dict[str, dict]) -> str:
         plan = quick(name)
         lines.append(line(name, plan, known.get(name)))
         if not screens:
-            console = Console(width=100, record=True, color_system=None, quiet=True)
+            console = Console(width=100, color_system=None, file=io.StringIO())
             console.print(render(plan))
-            screen = "\n".join(text.rstrip() for text in console.export_text().splitlines())
+            text = console.file.getvalue()
+            screen = "\n".join(one.rstrip() for one in text.splitlines())
             screens.append(f"## The screen of the first\n\n```\n{screen}\n```\n")
     columns = " | ".join(("plan", COLUMNS[0], "compiler's", *COLUMNS[1:]))
     table = f"| {columns} |\n|{'---|' * (len(COLUMNS) + 2)}\n" + "\n".join(lines)

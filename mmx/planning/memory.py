@@ -145,14 +145,18 @@ def _device_size(program: Program) -> Size:
     tokens = ask.batch * (1 if ask.mode == "decode" else ask.seq)
     over = partition.devices_of("batch", "seq")
     shards: dict[tuple[int, ...], int] = {}
+    memory = ("keys and values", "states")
+    donated = {entry.shape for entry in program.entries if entry.category in memory}
     for entry in program.entries:
-        if entry.category in ("parameters", "keys and values", "states"):
+        if entry.category in ("parameters", *memory):
             for shape in (entry.shape, entry.shape[1:]):
                 shards[shape] = max(shards.get(shape, 1), entry.shards)
 
     def size(v: Any) -> float:
         whole = size_of(v)
         shape = getattr(v.aval, "shape", ())
+        if shape in donated:  # updated in place
+            return 0.0
         if shape in shards and len(shape) > 1:
             return whole / shards[shape]
         elements = math.prod(shape)
