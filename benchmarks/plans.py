@@ -65,8 +65,8 @@ an estimate from the traced program unless the compiler's figure stands beside i
 every part of the model at the peak rate of what it needs most, messages without latency. The first
 rate is with messages hidden behind the work of the same part, the second without.
 
-Where the compiler was asked, its figure says whether the plan fits. On GPUs nothing is compiled, and
-the traced program is the XLA form of the kernels.
+Where the compiler was asked, its figure says whether the plan fits. On GPUs nothing is compiled,
+and the traced program is the XLA form of the kernels.
 """
 
 

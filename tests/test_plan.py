@@ -173,6 +173,11 @@ def parsed(text: str, sizes: dict[str, int]) -> dict[tuple[str, int], tuple[floa
             if group:
                 each = dict(re.findall(r"'(\w+)'=(\d+)", group[1]))
                 devices = math.prod(int(each[a]) for a in re.findall(r"'(\w+)'", group[2]))
+            pairs = re.findall(
+                r"(\d+),(\d+)", line.partition("source_target_pairs=")[2].split("}}")[0]
+            )
+            if devices == 1 or (pairs and all(source == target for source, target in pairs)):
+                continue  # nobody sends anything
             if match[2] == "reduce-scatter":
                 size *= devices
             devices = 0 if match[2] == "collective-permute" else devices

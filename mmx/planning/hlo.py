@@ -56,6 +56,8 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         if kind is None:
             continue
         axes = _axes(line, mesh)
+        if math.prod(mesh[axis] for axis in axes) == 1:
+            continue  # every device to itself
         name = _NAME.search(line)
         part = part_of_names(re.findall(r"[A-Za-z_]\w*", name[1]) if name else [])
         entry = found[kind, axes, part]
