@@ -1,5 +1,6 @@
 """The plans of docs/plans.md made anew; the search; what is said when memory runs out."""
 
+import functools
 import json
 import re
 import sys
@@ -108,17 +109,20 @@ def test_zeros_made_before_a_loop_are_seen():
         mesh=parse_mesh("fsdp=8"), seq=64, batch=8,
     )  # fmt: skip
 
-    def body(x):
-        return jnp.sin(x) * jnp.zeros((1000,)).at[:8].set(x)[:8]
+    def loss(x, read):
+        made = jax.shard_map(
+            lambda: jnp.zeros((500,)), mesh=mesh, in_specs=(), out_specs=P("a"), check_vma=False
+        )()
 
-    run = jax.shard_map(body, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+        def turn(c, _):
+            return c * (c + made if read else c), None
 
-    def loss(x):
-        return jax.lax.scan(lambda c, _: (run(c), None), x, None, length=3)[0].sum()
+        return jax.lax.scan(turn, x, None, length=3)[0].sum() + made[0]
 
-    jaxpr = live(jax.jit(jax.grad(loss)).trace(jnp.ones(64)).jaxpr)
-    found = work(build(ask), jaxpr).hoisted
-    assert all("scan" not in scope for _, scope, _ in found)
+    for read in (True, False):
+        jaxpr = live(jax.jit(functools.partial(loss, read=read)).trace(jnp.ones(4000)).jaxpr)
+        shapes = [shape for _, _, shape in work(build(ask), jaxpr).hoisted]
+        assert shapes == ["float32[4000]"] * read
 
 
 # ---------------------------------------------------------------- memory that runs out
