@@ -215,9 +215,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(answering, monkeypatch, caps
 
     interrupted = []
     monkeypatch.setattr(chat, "show", interrupting)
+    before = signal.getsignal(signal.SIGINT)
     code, out, err = talk(monkeypatch, capsys, "folder", "hi\nthere\n")
     assert (code, out, err) == (0, "1:\n2:there\n", "")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_ends_it_all():

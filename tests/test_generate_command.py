@@ -188,6 +188,15 @@ def test_int8_is_asked_of_the_loader(run, monkeypatch):
 # ---------------------------------------------------------------- how it ends
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a shell leaves it; what is started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_line(run, expected, monkeypatch):
     pieces = []
 
