@@ -112,7 +112,7 @@ def test_unknown_command(capsys):
     assert main(["bake"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    names = "info, generate, chat, serve, train, extend, convert, verify, inspect, data, plot"
+    names = "info, plan, generate, chat, serve, train, extend, convert, verify, inspect, data, plot"
     assert err == f"mmx: error: unknown command 'bake'; choose one of {names}\n"
 
 
