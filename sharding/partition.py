@@ -76,12 +76,12 @@ class Partition:
 def constrain(x: jax.Array, *axes: str | None, partition: Partition | None) -> jax.Array:
     """Tell the compiler how `x` is spread: `constrain(x, "batch", "seq", "embed", partition=p)`.
 
-    Without a partition, on one device, it is `x`.
+    Without a partition, or on a mesh of one device, it is `x`: the program is then the same.
 
     Raises:
       ValueError: see `rules.spec`.
     """
-    if partition is None:
+    if partition is None or partition.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition.sharding(axes, x.shape))
 

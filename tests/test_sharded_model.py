@@ -1,7 +1,6 @@
 """The model over 8 CPU devices against one: logits, loss, every gradient; rows packed every way."""
 
 import functools
-import re
 
 import jax
 import numpy as np
@@ -131,11 +130,10 @@ def test_logits_loss_and_gradients_are_those_of_one_device(name):
 
 
 def test_a_mesh_of_one_device_is_the_same_program():
-    """Operation by operation; what is added are annotations."""
+    """To the letter: nothing is there that could cost anything."""
     partition = Partition(make_mesh(MeshConfig(), jax.devices()[:1]), rules.EXPERT)
 
-    def operations(partition):
-        text = gradient_of(partition, capacity_factor=0.8, loss_blocks=2).lower(PARAMS).as_text()
-        return re.findall(r"(?:stablehlo|chlo|func)\.\w+|sdy\.manual\w+", text)
+    def program(partition):
+        return gradient_of(partition, capacity_factor=0.8, loss_blocks=2).lower(PARAMS).as_text()
 
-    assert operations(partition) == operations(None)
+    assert program(partition) == program(None)
