@@ -32,7 +32,7 @@ logits: $(STAMP)
 	.venv/bin/python -m recipes.logits
 
 test: $(STAMP) $(TPU_COMPILER)
-	.venv/bin/python -m pytest -n auto
+	.venv/bin/python -m pytest -n auto --dist worksteal
 
 transformers: $(STAMP) $(TRANSFORMERS)
 	.venv/bin/python -m pytest tests/test_convert_transformers.py

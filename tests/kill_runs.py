@@ -52,8 +52,8 @@ def _keep_step(file: Path) -> None:
     """Compile the step in the first life; tracing it would be most of what the others do."""
     make = loop.make_train_step
 
-    def make_kept(config, options, *, state_shardings=None):
-        traced = make(config, options, state_shardings=state_shardings).program
+    def make_kept(config, options, **placed):
+        traced = make(config, options, **placed).program
         return TrainStep(config, KeptProgram(file, traced))
 
     loop.make_train_step = make_kept

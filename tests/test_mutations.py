@@ -157,9 +157,9 @@ def rope_turns_the_whole_head(mutate):
 def positions_forget_the_cache(mutate):
     original = mmx.nn.sequence.describe
 
-    def forgetful(shape, mask, segment_ids, cache):
-        sequence, advanced = original(shape, mask, segment_ids, cache)
-        positions = original(shape, mask, segment_ids, None)[0].positions
+    def forgetful(shape, mask, segment_ids, cache, *, partition=None):
+        sequence, advanced = original(shape, mask, segment_ids, cache, partition=partition)
+        positions = original(shape, mask, segment_ids, None, partition=partition)[0].positions
         return dataclasses.replace(sequence, positions=positions), advanced
 
     mutate("mmx.model.describe", forgetful)

@@ -275,11 +275,11 @@ def test_last_words_reach_the_others():
 
 def test_who_does_not_come_is_named():
     port = free_port()
-    results = gather([attend(port, n, 5, timeout=2.0) for n in (0, 1, 3)])
+    results = gather([attend(port, n, 5, timeout=6.0) for n in (0, 1, 3)])
     for told, seconds in results:
-        assert told.startswith("processes 2, 4 of 5 did not come within 2 seconds")
+        assert told.startswith("processes 2, 4 of 5 did not come within 6 seconds")
         assert "--peer-timeout" in told
-        assert 1.5 < seconds < 10
+        assert 5.5 < seconds < 20
     told, _ = gather([attend(port, 1, 2, timeout=1.0)])[0]
     assert told.startswith(f"process 0 of 2 did not answer at 127.0.0.1:{port} within 1 seconds")
 
