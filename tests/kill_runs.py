@@ -116,7 +116,8 @@ def main() -> None:
     chance = random.Random(seed)
     for _ in range(kills):
         begin = saved(killed)
-        moment = begin + chance.randint(1, 2 * SAVE_EVERY), chance.uniform(0, 0.3)
+        # After two saves are due the first is complete, however slow the disk is beside the steps.
+        moment = begin + chance.randint(1, 3 * SAVE_EVERY), chance.uniform(0, 0.3)
         life(corpus, killed, steps, die_after=moment)
         names = [p.name for p in (killed / "checkpoints").glob("*")]
         partial = any(name.endswith(folders.SAVING) for name in names)

@@ -16,7 +16,7 @@ from mmx.training import step as stepping
 from mmx.training.metrics import to_record
 from mmx.training.optimizer import OptimizerOptions
 from mmx.training.schedule import LearningRate, Piece, constant
-from mmx.training.state import abstract_state, init_state
+from mmx.training.state import init_state
 from mmx.training.step import StepOptions, make_train_step, stack_micro_batches
 
 # fp32 gradients of about 0.1 summed in another order.
@@ -289,38 +289,6 @@ def test_it_learns(step):
         )
         losses.append(float(metrics["cross_entropy"]))
     assert losses[-1] < 0.8 * losses[0]
-
-
-@pytest.mark.slow
-def test_eight_devices_give_the_numbers_of_one():
-    """Rows over devices, matrices too; capacity and statistics are of the whole batch."""
-    config = small_config("ls", vocab_size=24)
-    options = dataclasses.replace(OPTIONS, balance_coef=0.1, capacity_factor=0.75)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-
-    def place(leaf):
-        split = leaf.ndim > 1 and leaf.shape[-1] % 8 == 0
-        axes = [None] * (leaf.ndim - 1) + ["data"] if split else []
-        return jax.sharding.NamedSharding(mesh, spec(*axes))
-
-    shardings = jax.tree.map(place, abstract_state(config, options.optimizer))
-    batch = make_batch(8, micro_batches=2, rows=8)
-    split = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec(None, "data")))
-    one, metrics_one = make_train_step(config, options)(new_state(1, options, config), batch, 2)
-    state = jax.device_put(new_state(1, options, config), shardings)
-    sharded = make_train_step(config, options, state_shardings=shardings)
-    eight, metrics = sharded(state, split, 2)
-    all_close(eight.params, one.params, 2e-6, "params")
-    for name, value in metrics.items():
-        close(value, metrics_one[name], 1e-5 * max(1, np.abs(metrics_one[name]).max()), name)
-    assert np.asarray(metrics["dropped_tokens"]).min() > 0
-    same = jax.tree.map(
-        lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), eight, shardings
-    )
-    assert all(jax.tree.leaves(same))
-    eight, _ = sharded(eight, split, 1)
-    assert sharded.num_compiles == 1
 
 
 def test_micro_batches_are_stacked_and_filled_up():
