@@ -15,6 +15,7 @@ import truth
 from conversions import convert, load
 from golden_cases import LOGITS, close, golden
 from random_models import random_params, random_tokens, small_config
+from test_load import assert_same, flat
 
 import mmx
 from mmx.inference.engine import Engine
@@ -31,22 +32,6 @@ CONFIG = small_config("lsls", shared_expert_dim=8, embed_dim=32)
 PARAMS = random_params(CONFIG, 0)
 INT8 = quantize(PARAMS, CONFIG)
 TOKENS = random_tokens(CONFIG, (2, 24), 0)
-
-
-def flat(params):
-    """Leaves by path; an `Int8` is two of them."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-def assert_same(left, right):
-    left, right = flat(left), flat(right)
-    assert left.keys() == right.keys()
-    for path, leaf in left.items():
-        assert leaf.dtype == right[path].dtype, path
-        np.testing.assert_array_equal(leaf, right[path], err_msg=path)
 
 
 def dequantized(tree):
