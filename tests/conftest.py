@@ -1,10 +1,22 @@
+import gc
 import multiprocessing
+import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import pytest
 
 # Before any backend exists; tests of sharding need several devices, the others use the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# The workers and their children share what they compile; an environment's own folder is kept.
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+
+# A compiled program holds some tens of memory maps, of which Linux gives a process 65,530; without
+# one more LLVM aborts. Half is left for what a single test compiles.
+MOST_MAPS = 30_000
 
 # All that any child needs: a test process has one server, and keeps the list it began with.
 PRELOADED = [
@@ -25,3 +37,21 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput") or COMPILED in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="mmx-compiled-")
+    os.environ[COMPILED] = folder  # before the workers start, and in this process: jax is imported
+    jax.config.update("jax_compilation_cache_dir", folder)
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -1,5 +1,6 @@
 """Damage to a checkpoint: every flipped bit, cut, missing or foreign file is found and named."""
 
+import contextlib
 import os
 import random
 import re
@@ -106,12 +107,19 @@ def test_orbax_alone_would_not_notice(step):
             item = ocp.args.StandardRestore({"params": make_state()["params"]})
             return checkpointer.restore(step, args=ocp.args.Composite(params=item))["params"]
 
+    # How Orbax lays arrays out differs from run to run, and a flip in its tables is an error there.
     largest = max(files_of(step / "params"), key=lambda path: path.stat().st_size)
-    flip(largest, 8 * 3000 + 1)
-    same = jax.tree.map(jnp.array_equal, read(), {"params": make_state()["params"]})
-    assert not jax.tree.all(same)
-    with pytest.raises(DamagedCheckpoint, match=re.escape(str(largest))):
-        restore_params(step.parent, 20, make_state()["params"])
+    wrong = 0
+    for eighth in range(1, 8):
+        bit = eighth * largest.stat().st_size + 1
+        flip(largest, bit)
+        with contextlib.suppress(ValueError):
+            same = jax.tree.map(jnp.array_equal, read(), {"params": make_state()["params"]})
+            wrong += not jax.tree.all(same)
+        with pytest.raises(DamagedCheckpoint, match=re.escape(str(largest))):
+            restore_params(step.parent, 20, make_state()["params"])
+        flip(largest, bit)
+    assert wrong
 
 
 # ---------------------------------------------------------------- cuts and missing files
