@@ -12,7 +12,7 @@
               kept prefix beside one that does not
     int8      'decode' with int8 weights
     twin      'decode' of a model of the same size whose layers are all softmax
-    slice     one superblock of Text-01 at full width: decode and prefill at 1K, 1M and 4M tokens
+    slice     one superblock of Text-01 at full width: decode and prefill at 1M and 4M tokens
     peer      transformers' MiniMax: prefill, and generate for 1 and 16 rows
 
 Contexts that would take long to read are filled with random states, keys and values: the time of a
@@ -339,6 +339,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", default="bench-4b")
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
+    parser.add_argument("--shapes", help="ROWSxCONTEXT,... of 'decode', 'int8' and 'twin'")
     parser.add_argument("--smoke", action="store_true", help="everything, tiny")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
@@ -354,17 +355,20 @@ def make_setting(options: argparse.Namespace) -> Setting:
         config = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
         return Setting(config, config, ((1, 256), (3, 512)), (512,),
                        (256, 512, 2048), 1024, 256, 8, 2, 2, 1 << 20, 256)  # fmt: skip
-    contexts = (
+    shapes = (
         *((1, n) for n in (1024, 8192, 32_768, 1 << 18, 1 << 20, 4_000_000)),
         *((rows, 1024) for rows in (2, 4, 8, 16, 32, 64, 128, 256)),
         (16, 32_768),
         (64, 8192),
     )
+    if options.shapes:
+        pairs = [shape.split("x") for shape in options.shapes.split(",")]
+        shapes = tuple((int(rows), int(context)) for rows, context in pairs)
     return Setting(
         config=mmx.preset(options.preset),
         slice_config=mmx.preset("slice-8"),
-        decode=contexts,
-        slice_contexts=(1024, 1_000_000, 4_000_000),
+        decode=shapes,
+        slice_contexts=(1_000_000, 4_000_000),
         prompts=(1024, 8192, 32_768, 1 << 17, 1 << 20, 4_000_000),
         prompt=32_768,
         chunk=options.chunk,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,14 +18,19 @@ from mmx.model import Params, param_specs
 PAGE = 256
 
 
+AT_ONCE = 1 << 26  # numbers whose fp32 form there is room for
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any, std: float) -> jax.Array:
-    """Normal, a slice of the first axis at a time: the fp32 form of all would not fit."""
-    if len(shape) < 3:
-        return (std * jax.random.normal(key, shape)).astype(dtype)
-    keys = jax.random.split(key, shape[0])
-    inner = functools.partial(_random.__wrapped__, shape=shape[1:], dtype=dtype, std=std)
-    return jax.lax.map(inner, keys)
+    """Normal, some of the leading axes in a loop: the fp32 form of all would not fit."""
+    looped = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) <= AT_ONCE)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return (std * jax.random.normal(key, shape[looped:])).astype(dtype)
+
+    keys = jax.random.split(key, math.prod(shape[:looped]))
+    return jax.lax.map(draw, keys).reshape(shape)
 
 
 def random_params(config: ModelConfig) -> Params:

@@ -18,6 +18,14 @@ from mmx.nn.quantized import axes_of
 from mmx.nn.sequence import Sequence
 from sharding import Partition, constrain, named
 
+# A step is some 600 kernels of a few microseconds. On a GPU, where a launch takes as long, the loop
+# over the layers goes into CUDA graphs with the rest; other backends know nothing of these.
+_GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE CONDITIONAL"
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": _GRAPHED.replace(" ", ","),
+    "xla_gpu_command_buffer_unroll_loops": True,
+    "xla_gpu_graph_min_graph_size": 2,
+}
 PADDED = (32, 64, 128, 256)  # lengths to which the last chunk of a prompt is padded
 
 
@@ -107,6 +115,7 @@ def prefill(
     jax.jit,
     static_argnames=("config", "steps", "implementation", "partition"),
     donate_argnames=("pool", "rows"),
+    compiler_options=GRAPHS,
 )
 def decode(
     params: Params,

@@ -60,9 +60,12 @@ class LightningAttention(nnx.Module):
         partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
         """Return the layer's output and its state after the last token, in fp32."""
-        # The weights are reordered, not the activations, which are larger.
-        kernel = jax.tree.map(lambda w: jnp.swapaxes(w, 1, 2), self.qkv_proj[...])
-        qkv = functional.project("btd,dchk->btchk", x, kernel)
+        # What is smaller is reordered: the weights, or of single tokens the activations.
+        if x.shape[1] == 1:
+            qkv = functional.project("btd,dhck->bthck", x, self.qkv_proj[...]).swapaxes(2, 3)
+        else:
+            kernel = jax.tree.map(lambda w: jnp.swapaxes(w, 1, 2), self.qkv_proj[...])
+            qkv = functional.project("btd,dchk->btchk", x, kernel)
         qkv = constrain(qkv, "batch", "seq", None, "heads", None, partition=partition)
         qkv = functional.silu(qkv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
