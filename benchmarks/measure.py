@@ -43,10 +43,11 @@ def milliseconds(function: Callable[..., Any], *args: Any, batch_ms: float = 50.
     jax.block_until_ready(function(*args))
     once = (time.perf_counter() - start) * 1e3
     calls = max(1, min(200, int(batch_ms / once)))
-    times = []
+    times, result = [], None
     for _ in range(7 if once < 300 else 1):
         start = time.perf_counter()
         for _ in range(calls):
+            result = None  # its memory is there for the next one
             result = function(*args)
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) * 1e3 / calls)
