@@ -170,7 +170,7 @@ def ring(emit: Emit, setting: Setting) -> None:
             return softmax_attention(q, k, v, segment_ids=ids, partition=where)
 
         def both(q, k, v, ids, grad):
-            out, pull = jax.vjp(lambda *x: attend(*x, ids), q, k, v)
+            out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
             return out, *pull(grad)
 
         return both if backward else attend
