@@ -99,10 +99,11 @@ def _memory(program: Program, needs: Work) -> dict[str, int]:
     for entry in program.entries:
         found[entry.category] += entry.device_bytes
     if program.request.mode == "train":
-        # Gradients in fp32; beside them the copy to compute with and its gradients.
+        # The copy to compute with and its gradients; in fp32 there are gradients only as sums over
+        # micro-batches, for what widens a gradient is fused into the update that reads it.
         narrow = 2 if program.request.dtype == "bfloat16" else 4
         sums = program.request.accumulation > 1
-        found["gradients"] = found["parameters"] * (1 + sums)
+        found["gradients"] = found["parameters"] * sums
         found["copies to compute with"] = found["parameters"] // 4 * narrow * 2
         found["activations kept"] = int(needs.kept)
     found["work of a layer"] = int(needs.most)
