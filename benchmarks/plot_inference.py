@@ -76,18 +76,25 @@ def draw(axes, series: Series, title: str, across: str, up: str) -> None:
     axes.set_yscale("log")
     axes.set(title=title, xlabel=across, ylabel=up)
     axes.spines[["top", "right"]].set_visible(False)
-    if series:
-        axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def main(file: str) -> Path:
     """Draw a file; where the picture is."""
     content = json.loads(Path(file).read_text())
     rows = content["rows"]
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.2), constrained_layout=True)
-    draw(axes[0], per_token(rows), "One row: time per token", "tokens of context", "ms")
-    draw(axes[1], first_token(rows), "Time to the first token", "tokens of the prompt", "s")
-    draw(axes[2], throughput(rows), "Rows together", "rows", "tokens/s")
+    panels = [
+        (per_token(rows), "One row: time per token", "tokens of context", "ms"),
+        (first_token(rows), "Time to the first token", "tokens of the prompt", "s"),
+        (throughput(rows), "Rows together", "rows", "tokens/s"),
+    ]
+    panels = [panel for panel in panels if panel[0]]  # what has been measured
+    across = max(1, len(panels))
+    figure, axes = plt.subplots(
+        1, across, figsize=(16 / 3 * across, 4.2), layout="constrained", squeeze=False
+    )
+    for one, panel in zip(axes[0], panels, strict=False):
+        draw(one, *panel)
     figure.suptitle(str(content.get("device", "")), fontsize=10)
     out = Path(file).with_suffix(".png")
     figure.savefig(out, dpi=110)

@@ -1,4 +1,4 @@
-"""What `benchmarks/sharding.py` measures, and over which devices."""
+"""What `benchmarks/two_devices.py` measures, and over which devices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -107,13 +107,14 @@ def test_orbax_alone_would_not_notice(step):
             item = ocp.args.StandardRestore({"params": make_state()["params"]})
             return checkpointer.restore(step, args=ocp.args.Composite(params=item))["params"]
 
-    # How Orbax lays arrays out differs from run to run, and a flip in its tables is an error there.
+    # How Orbax lays arrays out differs from run to run. A flip in its tables, or in what a decoder
+    # cannot make sense of, is an error there, of any type; one in the numbers is nothing to it.
     largest = max(files_of(step / "params"), key=lambda path: path.stat().st_size)
     wrong = 0
     for eighth in range(1, 8):
         bit = eighth * largest.stat().st_size + 1
         flip(largest, bit)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(Exception):
             same = jax.tree.map(jnp.array_equal, read(), {"params": make_state()["params"]})
             wrong += not jax.tree.all(same)
         with pytest.raises(DamagedCheckpoint, match=re.escape(str(largest))):

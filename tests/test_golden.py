@@ -42,7 +42,8 @@ def test_forward_into_a_cache(name):
     check_cached(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# All cases go through an engine in test_engine.py; `generate` adds batches and their masks.
+@pytest.mark.parametrize("name", ["text/p04_right_pad", "released/o2_bf16_4shards_zero_based"])
 def test_generation(name):
     check_generated(name)
 

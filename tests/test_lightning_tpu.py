@@ -1,12 +1,5 @@
 """The TPU kernels in the TPU interpreter, and compiled for every TPU that libtpu knows."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import kernel_cases
@@ -15,6 +8,7 @@ import pytest
 import truth
 from jax.sharding import AbstractDevice, AbstractMesh
 from kernel_cases import TOLERANCE, LightningCase, _runs, check_close, check_lightning, named
+from tpu_compiler import Compile, compile_for_every_tpu, needs_libtpu
 
 from pallas_kernels.lightning_attention import tpu
 
@@ -107,31 +101,7 @@ def test_what_is_unsupported():
         assert "K=384" in str(tpu.unsupported(*arrays, **options))
 
 
-COMPILE = """
-import json
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
-from pallas_kernels.lightning_attention import tpu
-
-CHIPS = {
-    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
-    "v5e": ("v5e:2x2", {}),
-    "v5p": ("v5p:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-    "tpu7x": ("tpu7x:2x2x1", {}),
-}
-# First: more than a grid step, no multiple of the chunk, and arrays of the size that XLA likes to
-# move into VMEM as a whole.
-SHAPES = [(1100, 32, 128, jnp.bfloat16), (300, 2, 64, jnp.float32), (300, 2, 256, jnp.bfloat16)]
-
-def compile_one(device, shape, segmented, gradient):
-    length, heads, head_dim, dtype = shape
-    place = SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype, sharding=place)
-    slopes = jax.ShapeDtypeStruct((heads,), jnp.float32, sharding=place)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place) if segmented else None
-
+def compile_cases() -> list[Compile]:
     def attend(q, k, v, slopes, ids):
         return tpu.lightning_attention(
             q, k, v, slopes, initial_state=None, segment_ids=ids, chunk_size=128
@@ -141,46 +111,28 @@ def compile_one(device, shape, segmented, gradient):
         results, back = jax.vjp(lambda q, k, v: attend(q, k, v, slopes, ids), q, k, v)
         return results, back(results)
 
-    function = jax.jit(backward if gradient else attend)
-    lowered = function.trace(x, x, x, slopes, ids).lower(lowering_platforms=("tpu",))
-    assert lowered.compile().as_text().count("tpu_custom_call") == 1 + gradient
+    def case(name, length, heads, head_dim, dtype, *, segments=False, gradient=True):
+        x = jax.ShapeDtypeStruct((1, length, heads, head_dim), dtype)
+        slopes = jax.ShapeDtypeStruct((heads,), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if segments else None
+        function = backward if gradient else attend
+        return Compile(name, function, (x, x, x, slopes, ids), kernels=1 + gradient)
 
-for chip, (name, options) in CHIPS.items():
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    # Everything for the first shape; the rest, which compile slowly, once a chip each.
-    cases = [(SHAPES[0], segmented, gradient) for segmented in (0, 1) for gradient in (0, 1)]
-    for shape, segmented, gradient in [*cases, (SHAPES[1], 0, 1), (SHAPES[2], 1, 1)]:
-        case = f"{chip} {shape[:3]} segmented={segmented} gradient={gradient}"
-        try:
-            compile_one(topology.devices[0], shape, segmented, gradient)
-        except Exception as error:
-            print(json.dumps([case, f"{type(error).__name__}: {error}"[:500]]), flush=True)
-        else:
-            print(json.dumps([case, None]), flush=True)
-"""
-
-
-# `make test` puts libtpu there: inside the environment it would make jax look for a TPU.
-BESIDE = Path(sys.prefix) / "libtpu"
+    # More than a grid step, no multiple of the chunk, and arrays of the size that XLA likes to
+    # move into VMEM as a whole.
+    wide = (1100, 32, 128, jnp.bfloat16)
+    return [
+        case("packed", *wide, segments=True),
+        case("whole", *wide),
+        case("packed, forward", *wide, segments=True, gradient=False),
+        case("forward", *wide, gradient=False),
+        case("fp32 64", 300, 2, 64, jnp.float32),
+        case("packed 256", 300, 2, 256, jnp.bfloat16, segments=True),
+    ]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None and not (BESIDE / "libtpu").is_dir(),
-    reason="libtpu, the TPU compiler, is not installed",
-)
+@needs_libtpu
 @pytest.mark.timeout(900)
 def test_compiles_for_every_tpu():
-    settings = dict(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    settings["PYTHONPATH"] = os.pathsep.join((str(BESIDE), str(Path(__file__).parents[1])))
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(seen) == 5 * 6
-    assert [case for case in seen if case[1] is not None] == []
+    compile_for_every_tpu(__name__)

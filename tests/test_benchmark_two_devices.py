@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import device_trace, sharding
+from benchmarks import device_trace, two_devices
 from benchmarks.measure import Report
 
 
@@ -56,7 +56,7 @@ def test_ratios_and_sizes_of_the_steps():
     report.add(part="fsdp", tokens_per_s=190.0, loss=2.01)
     report.add(memory="fsdp", compiled_GB=9.0, runtime_GB=10.0)
     report.add(plan="fsdp", planned_GB=11.0, planned_TFLOP=21.0, analytic_TFLOP=20.0)
-    sharding.compare(report)
+    two_devices.compare(report)
     step, peak = report.rows[4:]
     assert step == {
         "compared": "fsdp", "to": "one", "times": pytest.approx(1.9), "error": pytest.approx(0.005)

@@ -1,7 +1,7 @@
 """Two devices beside one, in one run: the same work split, or twice the work, and what it takes.
 
-    python benchmarks/sharding.py [--json FILE] [--budget SECONDS] [--only lasp,one,fsdp,...]
-    python benchmarks/sharding.py --smoke      everything, tiny, on two CPU devices
+    python benchmarks/two_devices.py [--json FILE] [--budget SECONDS] [--only lasp,one,fsdp,...]
+    python benchmarks/two_devices.py --smoke      everything, tiny, on two CPU devices
 
     lasp    lightning attention with the heads of Text-01, 1M tokens of one row split in two
     one     a training step of bench-4b on one device: what the next ones are compared to
