@@ -19,6 +19,7 @@ from mmx.planning import aot
 from mmx.planning.exhausted import MemoryExhausted, explained, of_engine
 from mmx.planning.memory import work
 from mmx.planning.programs import build, request
+from mmx.planning.report import make_plan
 from mmx.planning.search import best
 from mmx.planning.topology import parse_mesh, parse_topology
 from mmx.planning.walk import live
@@ -53,6 +54,30 @@ def test_the_quick_plans_are_those_of_the_document(name):
     line = plans.line(name, plan, COMPILED.get(name))
     assert numbers(line) == pytest.approx(numbers(LINES[name]), rel=0.02)
     assert line.split(" | ")[4] == LINES[name].split(" | ")[4]
+
+
+def test_a_step_on_one_h200_is_planned_as_it_was_measured():
+    """Peak memory within 10 %, the products within 1 % of the model's FLOPs."""
+    results = json.loads((ROOT / "benchmarks" / "results" / "train_h200.json").read_text())
+    step = next(row for row in results["rows"] if row.get("part") == "step")
+    plan = make_plan(
+        request(
+            name="bench-4b",
+            config=mmx.preset("bench-4b"),
+            mode="train",
+            topology=parse_topology("h200:1x1"),
+            mesh=parse_mesh("fsdp=1"),
+            chosen_rules="fsdp",
+            seq=step["length"],
+            batch=step["rows"],
+            remat=step["remat"],
+            optimizer_dtype="float32",
+            capacity_factor=None,
+        )
+    )
+    assert plan.total == pytest.approx(1e9 * step["program_GB"], rel=0.1)
+    flops = sum(part.flops for part in plan.bound.parts) - plan.flops_again
+    assert flops == pytest.approx(1e9 * step["model_TFLOPs"] * step["ms"], rel=0.01)
 
 
 def test_int8_halves_the_experts():

@@ -102,8 +102,8 @@ def _memory(program: Program, needs: Work) -> dict[str, int]:
         # The copy to compute with and its gradients; in fp32 there are gradients only as sums over
         # micro-batches, for what widens a gradient is fused into the update that reads it.
         narrow = 2 if program.request.dtype == "bfloat16" else 4
-        sums = program.request.accumulation > 1
-        found["gradients"] = found["parameters"] * sums
+        if program.request.accumulation > 1:
+            found["gradients"] = found["parameters"]
         found["copies to compute with"] = found["parameters"] // 4 * narrow * 2
         found["activations kept"] = int(needs.kept)
     found["work of a layer"] = int(needs.most)
