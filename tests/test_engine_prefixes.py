@@ -1,5 +1,6 @@
 """Prefixes that are kept: the same bits as without them, whatever comes and goes."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -31,6 +32,17 @@ def alone():
         made.append((prompt, sampling))
     engine = make(snapshots=0, **OPTIONS)
     return [(p, s, engine.generate([p], s)[0]) for p, s in made]
+
+
+def test_digests_are_of_the_prompt_whatever_was_looked_up_before():
+    kept = Snapshots(CONFIG, 0, PageStore(4), PAGE, 4)
+    long, other = np.arange(5000, dtype=np.int32), np.arange(1, 5001, dtype=np.int32)
+    for prompt, until in ((long, 1000), (long, 300), (long, 4096), (other, 900), (long, 5000)):
+        wanted = [
+            (end, hashlib.sha256(prompt[:end].astype("<i4").tobytes()).digest())
+            for end in range(kept.step, until + 1, kept.step)
+        ]
+        assert kept._keys(prompt, until) == wanted
 
 
 def test_a_hit_gives_the_bits_of_a_miss(alone):

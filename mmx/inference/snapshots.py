@@ -61,6 +61,9 @@ class Snapshots:
         self._kept: dict[bytes, Snapshot] = {}
         self._lookups = 0
         self.hits, self.saved_tokens = 0, 0
+        self._hashed_prompt: np.ndarray | None = None
+        self._hashed: list[tuple[int, bytes]] = []
+        self._digest = hashlib.sha256()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -136,9 +139,16 @@ class Snapshots:
     def _flops(self, tokens: int) -> float:
         return forward_flops_per_token(self._config, tokens).total * tokens if tokens else 0.0
 
-    def _keys(self, prompt: np.ndarray, until: int):
-        """(length, digest of so many tokens) at every step."""
-        digest = hashlib.sha256()
-        for length in range(self.step, until + 1, self.step):
-            digest.update(prompt[length - self.step : length].astype("<i4").tobytes())
-            yield length, digest.digest()
+    def _keys(self, prompt: np.ndarray, until: int) -> list[tuple[int, bytes]]:
+        """(length, digest of so many tokens) at every step.
+
+        The first request of those that wait is looked up at every step of the engine: the digests
+        of the last prompt are remembered.
+        """
+        if self._hashed_prompt is not prompt:
+            self._hashed_prompt, self._hashed = prompt, []
+            self._digest = hashlib.sha256()
+        for end in range((len(self._hashed) + 1) * self.step, until + 1, self.step):
+            self._digest.update(prompt[end - self.step : end].astype("<i4").tobytes())
+            self._hashed.append((end, self._digest.digest()))
+        return self._hashed[: until // self.step]
