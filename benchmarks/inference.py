@@ -42,7 +42,7 @@ import numpy as np
 
 import mmx
 from benchmarks import torch_generate
-from benchmarks.parts import Emit, memory_variables, run_here, run_in_process
+from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
 from benchmarks.random_memory import PAGE, random_params, random_pool, running_rows, step_bytes
 from mmx.config import ModelConfig
 from mmx.inference.cache import kv_bytes_per_token
@@ -331,23 +331,12 @@ def compare(report: Report) -> None:
             report.add(compared="engine", to="peer_decode", rows=row["rows"], times=times)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--budget", type=float, default=480, help="seconds")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, in the order to run them")
-    parser.add_argument("--preset", default="bench-4b")
+def parse_options() -> argparse.Namespace:
+    parser = make_parser(__doc__, PARTS, budget=480)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
     parser.add_argument("--shapes", help="ROWSxCONTEXT,... of 'decode', 'int8' and 'twin'")
-    parser.add_argument("--smoke", action="store_true", help="everything, tiny")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    wrong = set(options.only.split(",")) - set(PARTS)
-    if wrong:
-        parser.error(f"--only: unknown {', '.join(sorted(wrong))}; choose from {', '.join(PARTS)}")
-    return options
+    return parse(parser, PARTS)
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
@@ -379,7 +368,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
 
 
 def main() -> int:
-    options = parse()
+    options = parse_options()
     setting = make_setting(options)
     if options.part:
         return run_here(PARTS[options.part], setting, options.cache)

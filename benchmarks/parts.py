@@ -3,13 +3,14 @@
 So each finds the memory of the device empty, and none can take the others down.
 """
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,30 @@ ROW = "row "  # begins a line of a part that is a row of the report
 MEMORY_SHARE = 0.92
 
 Emit = Callable[..., None]
+
+
+def make_parser(
+    doc: str | None, parts: Collection[str], *, budget: float
+) -> argparse.ArgumentParser:
+    """Options that every script of parts has; described by the first line of its docstring."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds")
+    parser.add_argument("--only", default=",".join(parts), help="parts, in the order to run them")
+    parser.add_argument("--preset", default="bench-4b")
+    parser.add_argument("--smoke", action="store_true", help="everything, tiny")
+    parser.add_argument("--part", choices=parts, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, parts: Collection[str]) -> argparse.Namespace:
+    """The options; ends with code 2 where `--only` names no part."""
+    options = parser.parse_args()
+    wrong = set(options.only.split(",")) - set(parts)
+    if wrong:
+        parser.error(f"--only: unknown {', '.join(sorted(wrong))}; choose from {', '.join(parts)}")
+    return options
 
 
 def short(error: BaseException) -> str:

@@ -38,7 +38,15 @@ import numpy as np
 
 import mmx
 from benchmarks import torch_train
-from benchmarks.parts import Emit, memory_variables, run_here, run_in_process, short
+from benchmarks.parts import (
+    Emit,
+    make_parser,
+    memory_variables,
+    parse,
+    run_here,
+    run_in_process,
+    short,
+)
 from benchmarks.train_memory import GIGA, compiled_GB, device_limit, estimate, estimate_step
 from mmx.config import ModelConfig
 from mmx.model import Remat, abstract_params
@@ -267,23 +275,13 @@ def compare(report: Report) -> None:
             report.add(compared=name, to=base, times=speeds[name] / speeds[base])
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--budget", type=float, default=240, help="seconds")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, in the order to run them")
-    parser.add_argument("--preset", default="bench-4b")
+def parse_options() -> argparse.Namespace:
+    parser = make_parser(__doc__, PARTS, budget=240)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--remat", default="none,layer", help="tried in this order")
     parser.add_argument("--seconds", type=float, default=3, help="of timing, each")
-    parser.add_argument("--smoke", action="store_true", help="everything, tiny")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    wrong = set(options.only.split(",")) - set(PARTS)
-    if wrong:
-        parser.error(f"--only: unknown {', '.join(sorted(wrong))}; choose from {', '.join(PARTS)}")
+    options = parse(parser, PARTS)
     wrong = set(options.remat.split(",")) - set(get_args(Remat))
     if wrong:
         parser.error(f"--remat: unknown {', '.join(sorted(wrong))}; use none, layer, superblock")
@@ -300,7 +298,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
 
 
 def main() -> int:
-    options = parse()
+    options = parse_options()
     setting = make_setting(options)
     if options.part:
         return run_here(PARTS[options.part], setting, options.cache)

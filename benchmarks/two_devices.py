@@ -37,7 +37,7 @@ from benchmarks.measure import Report  # isort: skip
 import jax
 
 import mmx
-from benchmarks.parts import Emit, memory_variables, run_here, run_in_process
+from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
 from benchmarks.sharded_operations import lasp, moe, ring
 from benchmarks.sharded_setting import DEVICES, MESHES, Setting
 from benchmarks.sharded_steps import plan, train
@@ -81,26 +81,15 @@ def compare(report: Report) -> None:
         report.add(peak=name, **peak)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", help="write the rows here")
-    parser.add_argument("--budget", type=float, default=480, help="seconds")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, in the order to run them")
-    parser.add_argument("--preset", default="bench-4b")
+def parse_options() -> argparse.Namespace:
+    parser = make_parser(__doc__, PARTS, budget=480)
     parser.add_argument("--rows", type=int, default=4, help="of a training step, a device")
     parser.add_argument("--length", type=int, default=4096, help="of its rows")
     parser.add_argument("--remat", default="", help="none, layer or superblock; as memory allows")
     parser.add_argument("--moment", default="", help="dtype of AdamW's first; as memory allows")
     parser.add_argument("--seconds", type=float, default=5, help="of timing a training step")
     parser.add_argument("--trace", default="", metavar="DIR", help="profile, and keep it there")
-    parser.add_argument("--smoke", action="store_true", help="everything, tiny")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    wrong = set(options.only.split(",")) - set(PARTS)
-    if wrong:
-        parser.error(f"--only: unknown {', '.join(sorted(wrong))}; choose from {', '.join(PARTS)}")
-    return options
+    return parse(parser, PARTS)
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
@@ -115,7 +104,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
 
 
 def main() -> int:
-    options = parse()
+    options = parse_options()
     if options.smoke:
         jax.config.update("jax_num_cpu_devices", DEVICES)
     if options.part:
