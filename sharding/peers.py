@@ -24,6 +24,11 @@ from typing import Any
 from sharding.processes import Cluster
 
 MAX_MESSAGE = 1 << 20  # bytes
+
+# Seconds for which a process that has heard from process 0 awaits its verdict after the time is
+# over: one that left at that moment would be taken for one that never came.
+VERDICT = 5.0
+
 Lost = Callable[[int, str | None, int], None]
 
 
@@ -242,7 +247,7 @@ def _present(
             time.sleep(min(0.2, left))
             continue
         reached.send(hello)
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline + VERDICT * (missing != [0]) - time.monotonic()) > 0:
             reached.socket.settimeout(left)
             messages = reached.receive()
             if messages is None:  # process 0 has gone, or it is no process of ours

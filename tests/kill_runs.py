@@ -26,8 +26,13 @@ from mmx.training.step import TrainStep
 SAVE_EVERY = 3
 
 
-def life(corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float] | None) -> None:
-    """Train in a child; with `die_after`, SIGKILL comes some seconds after some step is logged."""
+def life(
+    corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float | None] | None
+) -> None:
+    """Train in a child; with `die_after`, SIGKILL comes some seconds after some step is logged.
+
+    None seconds: as soon as the folder of the next save is there.
+    """
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -39,7 +44,7 @@ def life(corpus: Path, folder: Path, steps: int, *, die_after: tuple[int, float]
         train_runs.keep_programs(folder.parent / "programs")
         _keep_step(folder.parent / "step")
         if die_after is not None:
-            _die(*die_after)
+            _die(folder / "checkpoints", *die_after)
         options = dict(save_every=SAVE_EVERY, heldout_every=0)
         train_runs.run(Manifest.load(corpus), folder, steps, **options)
         os._exit(0)
@@ -79,23 +84,39 @@ class KeptProgram:
         return 1
 
 
-def _die(step: int, seconds: float) -> None:
+def _die(checkpoints: Path, step: int, seconds: float | None) -> None:
     """From another thread, so that the moment is none the training knows of."""
-    reached = threading.Event()
-    write = loop.Logbook.write
+    reached, swept = threading.Event(), threading.Event()
+    write, prepare = loop.Logbook.write, folders.prepare
 
     def write_and_tell(self, record):
         write(self, record)
         if record["step"] >= step:
             reached.set()
 
+    def prepare_and_tell(*about):
+        prepare(*about)
+        swept.set()  # what an earlier life left of a save is gone
+
     def kill():
         reached.wait()
-        time.sleep(seconds)
+        if seconds is None:
+            swept.clear()
+            swept.wait()
+            while not partial(checkpoints):
+                time.sleep(0)
+        else:
+            time.sleep(seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
     loop.Logbook.write = write_and_tell
+    folders.prepare = prepare_and_tell
     threading.Thread(target=kill, daemon=True).start()
+
+
+def partial(checkpoints: Path) -> bool:
+    """Whether a save has begun and not ended."""
+    return any(path.name.endswith(folders.SAVING) for path in checkpoints.glob("*"))
 
 
 def saved(folder: Path) -> int:
@@ -114,14 +135,20 @@ def main() -> None:
     steps, kills, seed = map(int, sys.argv[4:])
     life(corpus, whole, steps, die_after=None)
     chance = random.Random(seed)
-    for _ in range(kills):
+    for number in range(kills):
         begin = saved(killed)
         # After two saves are due the first is complete, however slow the disk is beside the steps.
-        moment = begin + chance.randint(1, 3 * SAVE_EVERY), chance.uniform(0, 0.3)
-        life(corpus, killed, steps, die_after=moment)
-        names = [p.name for p in (killed / "checkpoints").glob("*")]
-        partial = any(name.endswith(folders.SAVING) for name in names)
-        record = dict(began=begin, saved=saved(killed), logged=logged(killed), partial=partial)
+        step = begin + chance.randint(1, 3 * SAVE_EVERY)
+        inside = number % 4 == 1
+        seconds = None if inside else chance.uniform(0, 0.3)
+        life(corpus, killed, steps, die_after=(step, seconds))
+        record = dict(
+            began=begin,
+            saved=saved(killed),
+            logged=logged(killed),
+            inside=inside,
+            partial=partial(killed / "checkpoints"),
+        )
         print(json.dumps(record), flush=True)
     life(corpus, killed, steps, die_after=None)
 

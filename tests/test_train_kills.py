@@ -28,7 +28,7 @@ def test_random_kills_change_nothing(tmp_path):
         assert life["logged"] <= life["saved"] + 2 * SAVE_EVERY, life
         assert life["saved"] >= life["began"], life
     assert any(life["saved"] > life["began"] for life in lives)
-    assert any(life["partial"] for life in lives), "no kill came inside a save"
+    assert all(life["partial"] for life in lives if life["inside"]), "no kill came inside a save"
     assert lives[-1]["saved"] < STEPS, "the run ended before its kills did"
     assert [step for step, _ in train_runs.losses(killed)] == list(range(1, STEPS + 1))
     assert train_runs.losses(killed) == train_runs.losses(whole)
