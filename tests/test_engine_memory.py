@@ -58,14 +58,13 @@ def test_work_is_what_the_compiler_says():
 def test_pages_for_a_memory(monkeypatch):
     monkeypatch.setattr(memory_plan, "_work", lambda program: 1000)
     plan = plan_engine(CONFIG, PARAMS, **OPTIONS)
-    shape = make().sizes.pool
     page = plan.pages // 16
     for pages in (1, 5, 40):
         memory = plan.total + (pages - 16) * page
-        assert pages_within(memory, plan, shape) == pages
-        assert pages_within(memory + page - 1, plan, shape) == pages
+        assert pages_within(memory, plan, 16) == pages
+        assert pages_within(memory + page - 1, plan, 16) == pages
     with pytest.raises(ValueError, match="take fewer rows, a smaller chunk or int8 weights"):
-        pages_within(plan.total - plan.pages + page - 1, plan, shape)
+        pages_within(plan.total - plan.pages + page - 1, plan, 16)
 
 
 def test_fp8_keys_and_values_cost_little():

@@ -185,6 +185,15 @@ def test_int8_is_asked_of_the_loader(run, monkeypatch):
     assert run("--prompt", "a")[2] == "mmx: error: weights=None\n"
 
 
+def test_fp8_is_asked_of_the_engine(run, monkeypatch):
+    def engine(config, params, **options):
+        raise ValueError(f"kv_dtype={options['kv_dtype']}")
+
+    monkeypatch.setattr("mmx.inference.engine.Engine", engine)
+    assert run("--prompt", "a", "--kv-dtype", "fp8")[2] == "mmx: error: kv_dtype=float8_e4m3fn\n"
+    assert run("--prompt", "a")[2] == "mmx: error: kv_dtype=None\n"
+
+
 # ---------------------------------------------------------------- how it ends
 
 

@@ -158,7 +158,7 @@ def started(monkeypatch):
     monkeypatch.setattr(serve, "_warm_up", lambda engine: None)
     fake = SimpleNamespace(max_seq_len=99)
     monkeypatch.setattr(serve.Room, "engine", lambda *arguments, **options: fake)
-    monkeypatch.setattr(serve, "_room", lambda options, config: serve.Room(1, 1, 1, 1, 1, 1, 1))
+    monkeypatch.setattr(serve, "_room", lambda options, config: serve.Room(*[1] * 7, None))
     return calls
 
 

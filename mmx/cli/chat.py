@@ -13,9 +13,10 @@ import tyro
 from mmx.cli.models import (
     PAGE,
     Choices,
+    Precision,
     Room,
-    Weights,
     check_memory,
+    kv_dtype_of,
     load_model,
     note,
     sampling_of,
@@ -30,7 +31,7 @@ _SNAPSHOTS = 4  # prefixes of the conversation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Weights, Choices):
+class Chat(Precision, Choices):
     """Talk with a checkpoint: a message a line, the answer as it comes. /help names commands."""
 
     path: tyro.conf.Positional[Path]
@@ -83,7 +84,10 @@ def _open(options: Chat) -> "Conversation":
     config, params = load_model(options.path, options)
     longest = min(options.max_seq_len, config.max_seq_len)
     chunk = 256 if longest <= 1024 else 2048
-    room = Room(1, -(-longest // PAGE), PAGE, longest, chunk, decode_steps=4, snapshots=_SNAPSHOTS)
+    room = Room(
+        1, -(-longest // PAGE), PAGE, longest, chunk, decode_steps=4, snapshots=_SNAPSHOTS,
+        kv_dtype=kv_dtype_of(options),
+    )  # fmt: skip
     check_memory(config, params, room)
     engine = room.engine(config, params, tokenizer=tokenizer)
     return Conversation(engine, template, sampling, options.system)

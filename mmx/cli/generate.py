@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from mmx.cli.models import PAGE, Choices, Room, Weights, check_memory, load_model, sampling_of, show
+from mmx.cli.models import (
+    PAGE,
+    Choices,
+    Precision,
+    Room,
+    check_memory,
+    kv_dtype_of,
+    load_model,
+    sampling_of,
+    show,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,7 +33,7 @@ _SHORT = 1024  # up to here chunks of 256 cost little, and need the fewest progr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Weights, Choices):
+class Generate(Precision, Choices):
     """Continue a prompt with a checkpoint: text to stdout as it comes, all else to stderr."""
 
     path: tyro.conf.Positional[Path]
@@ -68,7 +78,10 @@ def main(arguments: Sequence[str]) -> int:
     config, params = load_model(options.path, options)
     pages = -(-total // PAGE)
     chunk = 256 if prompt.size <= _SHORT else 2048
-    room = Room(1, pages, PAGE, pages * PAGE, chunk, decode_steps=4, snapshots=0)
+    room = Room(
+        1, pages, PAGE, pages * PAGE, chunk, decode_steps=4, snapshots=0,
+        kv_dtype=kv_dtype_of(options),
+    )  # fmt: skip
     check_memory(config, params, room, show=options.context_file is not None)
     engine = room.engine(config, params, tokenizer=tokenizer)
     return _print(_stream(engine, prompt.tolist(), sampling), as_ids=tokenizer is None)

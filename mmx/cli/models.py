@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,13 +19,15 @@ _CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
-    """How a checkpoint is loaded."""
+class Precision:
+    """In what a checkpoint is loaded, and what is kept of a text."""
 
     dtype: Literal["as-stored", "fp32", "bf16"] = "as-stored"
     """Of parameters and activations; state, router and logits are fp32 always."""
     weights: Literal["as-stored", "int8"] = "as-stored"
     """int8 halves the memory of bf16 matrices: one scale a channel."""
+    kv_dtype: Literal["as-activations", "bf16", "fp8"] = "as-activations"
+    """Of keys and values; fp8 halves bf16, and puts each off by at most 1/16 of itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def sampling_of(options: Choices) -> "Sampling":
     )
 
 
-def load_model(path: Path, options: Weights) -> "tuple[ModelConfig, Params]":
+def load_model(path: Path, options: Precision) -> "tuple[ModelConfig, Params]":
     """Config and parameters as the options want them."""
     import jax.numpy as jnp
 
@@ -78,6 +80,11 @@ def load_model(path: Path, options: Weights) -> "tuple[ModelConfig, Params]":
     dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
     weights = "int8" if options.weights == "int8" else None
     return mmx.load(path, dtype=dtype, weights=weights)
+
+
+def kv_dtype_of(options: Precision) -> str | None:
+    """The same as the engine knows it."""
+    return {"as-activations": None, "bf16": "bfloat16", "fp8": "float8_e4m3fn"}[options.kv_dtype]
 
 
 @dataclass(frozen=True)
@@ -91,23 +98,13 @@ class Room:
     chunk: int
     decode_steps: int
     snapshots: int
+    kv_dtype: str | None
 
     def engine(self, config: "ModelConfig", params: "Params", **more) -> "Engine":
         """An engine with this room."""
         from mmx.inference.engine import Engine
 
-        return Engine(
-            config,
-            params,
-            rows=self.rows,
-            pages=self.pages,
-            page_size=self.page_size,
-            max_seq_len=self.max_seq_len,
-            chunk=self.chunk,
-            decode_steps=self.decode_steps,
-            snapshots=self.snapshots,
-            **more,
-        )
+        return Engine(config, params, **asdict(self), **more)
 
 
 def check_memory(
@@ -118,26 +115,16 @@ def check_memory(
     Raises:
       ValueError: it needs more than there is; says how many tokens there is room for.
     """
-    from mmx.inference.memory_plan import device_memory, pages_within, plan_memory
-    from mmx.inference.pool import PoolShape
+    from mmx.inference.memory_plan import device_memory, pages_within, plan_engine
 
     there = device_memory()
     if there is None and not show:
         return
-    shape = PoolShape(room.rows, room.pages, room.page_size, params["embed"]["embedding"].dtype)
-    plan = plan_memory(
-        config,
-        params,
-        shape,
-        row_pages=-(-min(room.max_seq_len, config.max_seq_len) // room.page_size),
-        snapshots=room.snapshots,
-        chunk=room.chunk,
-        decode_steps=room.decode_steps,
-    )
+    plan = plan_engine(config, params, **asdict(room))
     if show:
         _print_plan(plan.lines(), there)
     if there is not None and plan.total > there:
-        most = pages_within(there, plan, shape)
+        most = pages_within(there, plan, room.pages)
         raise ValueError(
             f"{plan.total:,} bytes of memory are needed and the device has {there:,}; keys and "
             f"values of {most * room.page_size:,} tokens fit, {room.pages * room.page_size:,} are "

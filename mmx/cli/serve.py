@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from mmx.cli.models import Room, Weights, check_memory, load_model, note
+from mmx.cli.models import Precision, Room, check_memory, kv_dtype_of, load_model, note
 
 if TYPE_CHECKING:
     from mmx.config import ModelConfig
@@ -24,7 +24,7 @@ _LEAST = dict(rows=1, queue=0, max_seq_len=1, pages=1, page_size=1, decode_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(Weights):
+class Serve(Precision):
     """Answer requests over HTTP, as OpenAI's clients send them, until SIGTERM or Ctrl-C."""
 
     path: tyro.conf.Positional[Path]
@@ -164,7 +164,7 @@ def _room(options: Serve, config: "ModelConfig") -> Room:
     pages = options.pages or -(-max(longest, options.rows * 4096) // options.page_size)
     return Room(
         options.rows, pages, options.page_size, longest, options.chunk, options.decode_steps,
-        options.snapshots,
+        options.snapshots, kv_dtype_of(options),
     )  # fmt: skip
 
 

@@ -133,13 +133,13 @@ def plan_engine(
     )
 
 
-def pages_within(memory: int, plan: MemoryPlan, shape: PoolShape) -> int:
-    """Pages there is room for in so many bytes, from the plan of an engine with `shape`.
+def pages_within(memory: int, plan: MemoryPlan, pages: int) -> int:
+    """Pages there is room for in so many bytes, from the plan of an engine with `pages`.
 
     Raises:
       ValueError: not even one; says what the rest takes.
     """
-    page = plan.pages // shape.pages
+    page = plan.pages // pages
     left = memory - (plan.total - plan.pages)
     if left < page:
         raise ValueError(
