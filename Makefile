@@ -1,7 +1,8 @@
 # Everything from a fresh clone with python3, pip and make: `make demo`, `make logits`, `make test`.
+# `make test-all` adds the sweeps marked slow: more cases, more kills, every TPU generation (an hour).
 # The work is in tools/setup.sh, which makes .venv once and only again when its inputs change.
 
-.PHONY: setup demo logits test transformers lint clean
+.PHONY: setup demo logits test test-all transformers lint clean
 .DEFAULT_GOAL := setup
 
 STAMP := .venv/.installed
@@ -32,6 +33,9 @@ logits: $(STAMP)
 	.venv/bin/python -m recipes.logits
 
 test: $(STAMP) $(TPU_COMPILER)
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: $(STAMP) $(TPU_COMPILER)
 	.venv/bin/python -m pytest -n auto --dist worksteal
 
 transformers: $(STAMP) $(TRANSFORMERS)

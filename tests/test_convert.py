@@ -60,7 +60,7 @@ def test_there_and_back_is_the_same_to_the_bit(name, experts, tmp_path):
 
 @pytest.mark.parametrize("name", [checkpoints.RELEASED_BF16, "text/p08_fused_experts_top1",
                                   checkpoints.VISION])  # fmt: skip
-@pytest.mark.parametrize("piece", [200, 1500])
+@pytest.mark.parametrize("piece", [pytest.param(200, marks=pytest.mark.slow), 1500])
 def test_tensors_in_many_pieces(name, piece, tmp_path, monkeypatch):
     """As at full size, where a matrix is read and stored in parts: rows, heads, and their ends."""
     monkeypatch.setattr(source_module, "PIECE", piece)

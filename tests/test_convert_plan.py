@@ -77,7 +77,7 @@ def measured(*arguments):
     return lines, seconds, peak
 
 
-@pytest.mark.parametrize("to", ["orbax", "hf-released"])
+@pytest.mark.parametrize("to", ["orbax", pytest.param("hf-released", marks=pytest.mark.slow)])
 def test_the_plan_of_the_full_size_from_headers_alone(to, tmp_path):
     fields = checkpoints.released_fields(**FULL)
     total = released_folder(tmp_path / "it", fields, as_released)

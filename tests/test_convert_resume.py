@@ -101,15 +101,15 @@ def in_child(command):
     os._exit(main(command))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("trials", [4, pytest.param(25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("to", TO)
-def test_killed_at_random(to, processes, source, references, tmp_path):
+def test_killed_at_random(to, trials, processes, source, references, tmp_path):
     draw = random.Random(to)
     begun = time.monotonic()
     convert(source, tmp_path / "timed", *options(to), verify="none")
     took = time.monotonic() - begun
     inside, resumed = 0, 0
-    for trial in range(25):
+    for trial in range(trials):
         out = tmp_path / str(trial)
         command = arguments(source, out, to)
         moment = draw.randrange(FILES), draw.uniform(0, 2 * took / FILES)
@@ -127,8 +127,8 @@ def test_killed_at_random(to, processes, source, references, tmp_path):
             assert main([*command, "--resume"]) == 0
         assert {name: after.get(name) for name in before} == before
         assert tree(out) == references[to]
-    assert inside >= 20  # else the kills were not where they should be
-    assert resumed >= 15
+    assert inside >= trials * 3 // 4  # else the kills were not where they should be
+    assert resumed >= trials // 2
 
 
 @contextlib.contextmanager
@@ -162,9 +162,10 @@ def dying(command, name, count):
     in_child(command)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to", TO)
-@pytest.mark.parametrize("call", ["fsync", "rename", "replace", "unlink"])
+@pytest.mark.parametrize(
+    "call", [pytest.param("fsync", marks=pytest.mark.slow), "rename", "replace", "unlink"]
+)
 def test_killed_at_every_step(to, call, processes, source, references, tmp_path):
     """Before each call that makes something durable, or visible; every few of them for Orbax."""
     died, count = 0, 0

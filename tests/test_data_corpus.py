@@ -192,7 +192,7 @@ build_corpus(recipe, sys.argv[2], workers=int(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_kill_in_the_middle_and_build_again(inputs, tmp_path, workers):
     many = tmp_path / "many.jsonl"
     many.write_text((Path(inputs[0]).read_text() + "\n") * 8)
@@ -294,7 +294,6 @@ def test_two_builds_in_one_folder_are_refused(built, inputs):
 # ---------------------------------------------------------------- the embedded corpus
 
 
-@pytest.mark.slow
 def test_embedded_corpus(tmp_path):
     """All four sources, quickly; packs full at 8K; is kept; feeds batches of its own mixture."""
     start = time.perf_counter()

@@ -129,8 +129,7 @@ def compile_cases() -> list[Compile]:
     ]
 
 
-@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.timeout(900)
-def test_compiles_for_every_tpu():
-    compile_for_every_tpu(__name__)
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiles_for_every_tpu(everything):
+    compile_for_every_tpu(__name__, everything=everything)

@@ -9,6 +9,7 @@ import pytest
 import truth
 from golden_cases import close
 from random_models import random_params, random_tokens, small_config
+from sweeps import sweep
 from truth_losses import balance_losses, cross_entropy, predictions, z_loss
 
 import mmx
@@ -93,6 +94,21 @@ CASES = (
 )
 
 
+# One layer, or all of a kind, is within the others; `make test` has no time for what they repeat.
+QUICK = (
+    "released_12_heads_all_experts",
+    "released_pre_norm_padded",
+    "transformers_3_heads",
+    "transformers_all_softmax",
+    "everything_at_once",
+)
+WITH_GRADIENTS = ("released_packed_shared", "everything_at_once")
+
+
+def _sweep(cases):
+    return sweep(cases, lambda case: case.name in QUICK, name=lambda case: case.name)
+
+
 def _setup(case: Case):
     config = small_config(case.pattern, **case.changes)
     params = random_params(config, case.seed)
@@ -103,7 +119,7 @@ def _setup(case: Case):
     return config, params, tokens, ids, mask, true
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", _sweep(CASES))
 def test_forward(case):
     config, params, tokens, ids, mask, true = _setup(case)
     real = np.ones(tokens.shape, bool)
@@ -136,12 +152,7 @@ def _losses(params, config, tokens, ids, mask) -> float:
 BALANCE, Z_LOSS = 0.1, 0.01
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [c for c in CASES if c.name in ("released_packed_shared", "everything_at_once")],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", _sweep(c for c in CASES if c.name in WITH_GRADIENTS))
 def test_every_gradient(case):
     """Each parameter's gradient along a random direction against differences of the truth."""
     config, params, tokens, ids, mask, _ = _setup(case)

@@ -1,7 +1,8 @@
 """Spoil the source in one place: a check that compares with the truth must notice.
 
 A mutation that passes would mean that the checks of test_golden and test_model_truth are blind
-there. Each check passes on the source as it is, here or in those files.
+there. Each check passes on the source as it is, here or in those files. This tests the tests, and
+each mutation compiles the model anew: `make test-all`.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from random_models import random_params, random_tokens, small_config
 import mmx
 from pallas_kernels.lightning_attention import xla
 from pallas_kernels.softmax_attention import reference
+
+pytestmark = pytest.mark.slow
 
 # What a numeric comparison says, as opposed to an assertion that fails on the way to it.
 NUMBERS_DIFFER = "Not equal to tolerance|Arrays are not equal"

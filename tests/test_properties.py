@@ -37,10 +37,9 @@ def _in_pieces(tokens, sizes) -> np.ndarray:
     return np.concatenate(logits, axis=1)
 
 
-@pytest.mark.slow
-def test_any_pieces_fed_to_a_cache_equal_the_whole():
+@pytest.mark.parametrize("length", [4, pytest.param(6, marks=pytest.mark.slow)])
+def test_any_pieces_fed_to_a_cache_equal_the_whole(length):
     # One test, because both parts use the same compiled programs: one for each size of a piece.
-    length = 6
     tokens = TOKENS[:, :length]
     whole = truth.forward(PARAMS, tokens, CONFIG).logits
     close(_logits(tokens), whole, SAME, "without a cache")

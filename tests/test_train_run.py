@@ -70,8 +70,7 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run(corpus, whole, tmp_path):
     assert train_runs.digest(tmp_path, STEPS) == train_runs.digest(whole[0], STEPS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_a_killed_run_repeats_the_lost_steps_bit_for_bit(corpus, whole, run_child, tmp_path, step):
     assert run_child(tmp_path, STEPS, kill_at=step) == -signal.SIGKILL
     assert train_runs.losses(tmp_path)[-1][0] == step

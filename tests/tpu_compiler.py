@@ -1,12 +1,9 @@
 """Compile kernels for every TPU generation with libtpu. No TPU is needed, none is looked for.
 
 A test module names what to compile in `compile_cases() -> [Compile]` and calls
-`compile_for_every_tpu(__name__)`; the compiler runs in a process of its own, which imports it. The
-first case is compiled for every generation, each other one for one of them in turn. All for all,
-which takes five times as long:
-
-    PYTHONPATH=.venv/libtpu:tests:. JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 \
-        python tests/tpu_compiler.py test_lightning_tpu --all
+`compile_for_every_tpu(__name__, everything=...)`; the compiler runs in a process of its own, which
+imports it. Each case is compiled for one generation, in turn, and each generation has one; or all
+for all, which takes five times as long and is left to `make test-all`.
 """
 
 import importlib
@@ -49,13 +46,13 @@ class Compile:
     kernels: int
 
 
-def compile_for_every_tpu(module: str) -> None:
+def compile_for_every_tpu(module: str, *, everything: bool) -> None:
     """Assert that `compile_cases()` of a module compile, as many as are due."""
     settings = dict(TPU_SKIP_MDS_QUERY="1", JAX_PLATFORMS="cpu", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     here = Path(__file__).parent
     settings["PYTHONPATH"] = os.pathsep.join(map(str, (BESIDE, here, here.parent)))
     done = subprocess.run(
-        [sys.executable, __file__, module],
+        [sys.executable, __file__, module, *(["--all"] if everything else [])],
         env=os.environ | settings,
         capture_output=True,
         text=True,
@@ -85,11 +82,12 @@ def _compile(device, case: Compile) -> str | None:
 
 def main(module: str, *, everything: bool) -> None:
     cases = importlib.import_module(module).compile_cases()
+    turns = max(len(cases), len(CHIPS))
     for number, (chip, (name, options)) in enumerate(CHIPS.items()):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-        for index, case in enumerate(cases):
-            if everything or index == 0 or index % len(CHIPS) == number:
-                print(json.dumps([f"{chip} {case.name}", _compile(topology.devices[0], case)]))
+        in_turn = [cases[turn % len(cases)] for turn in range(number, turns, len(CHIPS))]
+        for case in cases if everything else in_turn:
+            print(json.dumps([f"{chip} {case.name}", _compile(topology.devices[0], case)]))
 
 
 if __name__ == "__main__":
