@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import CONFIG, PARAMS, make
+from engines import CONFIG, PARAMS, make, requests
 from random_models import random_params, random_tokens
 
-from mmx.inference import memory_plan
+from mmx.inference import decoding, memory_plan
 from mmx.inference.decoding import decode
 from mmx.inference.engine import Engine
 from mmx.inference.memory_plan import pages_within, plan_engine
@@ -96,3 +96,26 @@ def test_other_dtypes_are_refused():
         make(kv_dtype="int8")
     with pytest.raises(ValueError, match="max_seq_len is 0; it must be at least 1"):
         make(max_seq_len=0)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_a_step_that_raises_takes_its_requests_and_nothing_else(monkeypatch, program):
+    """It has donated the memory by then."""
+    prompts, samplings = zip(*requests(6, 1), strict=True)
+    wanted = make().generate(prompts, samplings)
+    run, broken = getattr(decoding, program), [True]
+
+    def failing(*arguments, **options):
+        done = run(*arguments, **options)
+        if broken:
+            broken.pop()
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return done
+
+    monkeypatch.setattr(f"mmx.inference.engine.{program}", failing)
+    engine = make()
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        engine.generate(prompts, samplings)
+    assert engine.idle
+    assert engine.pages.free == engine.pool.num_pages
+    assert engine.generate(prompts, samplings) == wanted

@@ -21,15 +21,8 @@ from mmx.config import ModelConfig
 from mmx.inference.decoding import chunk_size, decode, place, prefill
 from mmx.inference.live import Live
 from mmx.inference.page_store import PageStore
-from mmx.inference.pool import Pool, RowMemory, init_pool, put_back, take_out
-from mmx.inference.requests import (
-    Event,
-    FinishReason,
-    Result,
-    Sampling,
-    check_prompt,
-    result_of,
-)
+from mmx.inference.pool import Pool, init_pool, put_back, take_out, with_pages
+from mmx.inference.requests import Event, FinishReason, Result, Sampling, check_prompt, result_of
 from mmx.inference.rows import (
     MAX_STOP_IDS,
     Chosen,
@@ -96,17 +89,25 @@ class Engine:
         self.sizes, self.row_pages, self.max_seq_len = sizes, sizes.row_pages, sizes.max_seq_len
         self.chunk, self.decode_steps = chunk, decode_steps
         self._how = dict(config=config, implementation=implementation, partition=partition)
-        self.pool: Pool = init_pool(config, sizes.pool, partition)
-        self.rows = empty_rows(config, rows, self.row_pages)
         if partition is not None:
             self.params = place(params, config, partition)
+        self._partition = partition
+        self._numbers = itertools.count()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Memory that holds nothing, and no requests."""
+        sizes, partition = self.sizes, self._partition
+        self.pool: Pool = init_pool(self.config, sizes.pool, partition)
+        self.rows = empty_rows(self.config, sizes.rows, sizes.row_pages)
+        if partition is not None:
             self.rows = jax.device_put(self.rows, NamedSharding(partition.mesh, PartitionSpec()))
         self.pages = PageStore(sizes.pages, sizes.page_devices)
         self.snapshots = Snapshots(
-            config, snapshots, self.pages, page_size, sizes.kv_dtype.itemsize, partition
-        )
-        self._free_rows = list(range(rows))
-        self._numbers = itertools.count()
+            self.config, sizes.snapshots, self.pages, sizes.page_size, sizes.kv_dtype.itemsize,
+            partition,
+        )  # fmt: skip
+        self._free_rows = list(range(sizes.rows))
         self._waiting: deque[Live] = deque()
         self._away: deque[Live] = deque()
         self._at_work: list[Live] = []  # in the order they were let in
@@ -161,7 +162,19 @@ class Engine:
         return len(self._at_work), len(self._waiting) + len(self._away)
 
     def step(self) -> list[Event]:
-        """Let in whom there is room for, send off a chunk and decode steps; what came of before."""
+        """Let in whom there is room for, send off a chunk and decode steps; what came of before.
+
+        Where it raises, all requests have ended: the programs take the memory they are given, and
+        what had become of it nobody knows. The engine begins anew, and serves whoever comes next.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            del self.pool, self.rows, self.snapshots  # room for the new ones
+            self._begin()
+            raise
+
+    def _step(self) -> list[Event]:
         self._let_in()
         reading = next((r for r in self._at_work if r.state == "reading"), None)
         if reading is not None:
@@ -301,16 +314,11 @@ class Engine:
     def _bring_back(self, request: Live) -> None:
         assert request.memory is not None
         assert request.place is not None
-        held = request.memory.keys.shape[1]
         # As many pages as a row can have, so that this is one program: the rest go nowhere.
         pages = np.full(self.row_pages, self.pool.num_pages, np.int32)
+        held = request.memory.keys.shape[1]
         pages[:held] = request.pages[:held]
-        grown = ((0, 0), (0, self.row_pages - held), (0, 0), (0, 0), (0, 0))
-        memory = RowMemory(
-            request.memory.lightning_state,
-            np.pad(request.memory.keys, grown),  # pyright: ignore[reportArgumentType]
-            np.pad(request.memory.values, grown),  # pyright: ignore[reportArgumentType]
-        )
+        memory = with_pages(request.memory, self.row_pages)
         self.pool = put_back(self.pool, memory, np.int32(request.row), pages)
         self.rows = set_row(self.rows, request.row, request.place)
         self.rows = set_pages(self.rows, request.row, self._page_row(request))
@@ -344,15 +352,9 @@ class Engine:
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.prompt[request.read : request.read + count]
         self.pool, logits = prefill(
-            self.params,
-            self.pool,
-            tokens,
-            np.int32(count),
-            np.int32(request.row),
-            self._page_row(request),
-            np.int32(request.read),
-            **self._how,
-        )
+            self.params, self.pool, tokens, np.int32(count), np.int32(request.row),
+            self._page_row(request), np.int32(request.read), **self._how,
+        )  # fmt: skip
         request.read += count
         self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
         if request.read < request.prompt.size:

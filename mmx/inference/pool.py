@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from mmx.config import ModelConfig
@@ -105,6 +106,16 @@ def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
         jnp.take(pool.value_pages, index, axis=1),
     )
     return RowMemory(*jax.device_get(parts))
+
+
+def with_pages(memory: RowMemory, count: int) -> RowMemory:
+    """The same with so many pages, the new ones zero; on the host."""
+    more = ((0, 0), (0, count - memory.keys.shape[1]), (0, 0), (0, 0), (0, 0))
+    return dataclasses.replace(
+        memory,
+        keys=np.pad(memory.keys, more),  # pyright: ignore[reportArgumentType]
+        values=np.pad(memory.values, more),  # pyright: ignore[reportArgumentType]
+    )
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
