@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 
@@ -11,4 +12,18 @@ def sweep(cases: Iterable[Any], quick: Callable[[Any], bool], *, name: Callable 
     return [
         pytest.param(case, id=name(case), marks=() if quick(case) else pytest.mark.slow)
         for case in cases
+    ]
+
+
+def in_either_dtype(cases: Iterable[Any]) -> list[Any]:
+    """Parameters (case, dtype): fp32 and bf16 in turn; each case's other one is marked slow."""
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case.name}-{jnp.dtype(dtype)}",
+            marks=() if (index + turn) % 2 == 0 else pytest.mark.slow,
+        )
+        for index, case in enumerate(cases)
+        for turn, dtype in enumerate((jnp.float32, jnp.bfloat16))
     ]

@@ -76,17 +76,18 @@ def test_a_hit_reads_what_is_new_and_no_more(monkeypatch):
     assert (len(first), len(second)) == (3, 1)
 
 
-def test_random_schedules_with_prefixes(alone):
+@pytest.mark.parametrize("count", [8, pytest.param(25, marks=pytest.mark.slow)])
+def test_random_schedules_with_prefixes(alone, count):
     """Pages for about two sequences and slots for two prefixes, which others evict."""
     engine = make(Poisoned, snapshots=2, **{**OPTIONS, "pages": 90})
     known = [(p, s, r.tokens) for p, s, r in alone]
     chance = random.Random(4)
-    for _ in range(25):
+    for _ in range(count):
         got, cancelled = run_schedule(engine, known, chance)
         for index, tokens in got.items():
             whole = known[index][2]
             assert tuple(tokens) == (whole[: len(tokens)] if index in cancelled else whole)
-    assert engine.snapshots.hits >= 10
+    assert engine.snapshots.hits >= count // 3
     engine.snapshots.clear()
     assert engine.pages.free == 90
 

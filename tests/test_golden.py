@@ -15,9 +15,13 @@ from golden_cases import (
     golden,
     names_with,
 )
+from sweeps import sweep
 
 import mmx
 from mmx.convert import mapping
+
+QUICK = ("text/p01_default_pattern", "text/p03_left_pad", "text/p06_block256_T700",
+         "released/o2_bf16_4shards_zero_based")  # fmt: skip
 
 
 def test_every_case_is_here():
@@ -37,7 +41,7 @@ def test_forward_and_generation_without_a_cache(name):
     check_forward(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK.__contains__))
 def test_forward_into_a_cache(name):
     check_cached(name)
 

@@ -5,13 +5,13 @@ import pytest
 import truth
 from jax.extend.core import Literal
 from kernel_cases import GROUPED_CASES, TOLERANCE, check_close, check_grouped, named
+from sweeps import in_either_dtype
 
 from pallas_kernels import dispatch, grouped_matmul
 from pallas_kernels.grouped_matmul import gpu_hopper
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", **named(GROUPED_CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_either_dtype(GROUPED_CASES))
 def test_equals_group_after_group(case, dtype):
     check_grouped(case, dtype, implementation="xla", tolerance=TOLERANCE[dtype])
 

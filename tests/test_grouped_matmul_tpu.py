@@ -8,7 +8,8 @@ import pytest
 import truth
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
-from kernel_cases import GROUPED_CASES, TOLERANCE, GroupedCase, check_close, check_grouped, named
+from kernel_cases import GROUPED_CASES, TOLERANCE, GroupedCase, check_close, check_grouped
+from sweeps import in_either_dtype
 from tpu_compiler import Compile, compile_for_every_tpu, needs_libtpu
 
 from pallas_kernels.grouped_matmul import tpu
@@ -37,8 +38,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", **named(CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_either_dtype(CASES))
 def test_equals_group_after_group(case, dtype):
     check_grouped(case, dtype, implementation=None, tolerance=TOLERANCE[dtype])
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import truth
 from kernel_cases import LIGHTNING_CASES, SLOPES, TOLERANCE, check_close, check_lightning, named
+from sweeps import in_either_dtype
 
 from pallas_kernels import lightning_attention, lightning_decode_step
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", **named(LIGHTNING_CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_either_dtype(LIGHTNING_CASES))
 def test_chunks_equal_the_recurrence(case, dtype):
     check_lightning(case, dtype, implementation="xla", tolerance=TOLERANCE[dtype])
 

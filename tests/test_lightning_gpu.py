@@ -56,7 +56,7 @@ def test_bookkeeping_of_short_rows(case, simulated):
     check_lightning(case, jnp.bfloat16, implementation="pallas_gpu", tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("segments", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("case", **named(LONG_CASES))
 def test_bookkeeping_of_chunks_and_segments(case, segments, simulated, monkeypatch):
     monkeypatch.setattr(gpu_hopper, "plan", lambda *_: gpu_hopper.Plan(segments, 1, segments))

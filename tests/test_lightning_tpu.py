@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import truth
 from jax.sharding import AbstractDevice, AbstractMesh
-from kernel_cases import TOLERANCE, LightningCase, _runs, check_close, check_lightning, named
+from kernel_cases import TOLERANCE, LightningCase, _runs, check_close, check_lightning
+from sweeps import in_either_dtype
 from tpu_compiler import Compile, compile_for_every_tpu, needs_libtpu
 
 from pallas_kernels.lightning_attention import tpu
@@ -55,8 +56,7 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", **named(CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_either_dtype(CASES))
 def test_kernel_equals_the_recurrence(case, dtype):
     check_lightning(case, dtype, implementation=None, tolerance=TOLERANCE[dtype])
 

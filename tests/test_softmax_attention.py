@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from kernel_cases import SOFTMAX_CASES, TOLERANCE, check_softmax, named
+from sweeps import in_either_dtype
 
 from pallas_kernels import softmax_attention
 from pallas_kernels.softmax_attention import xla
@@ -16,8 +17,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(xla, "DENSE_SCORES", 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", **named(SOFTMAX_CASES))
+@pytest.mark.parametrize(("case", "dtype"), in_either_dtype(SOFTMAX_CASES))
 def test_blocks_equal_the_definition(small_blocks, case, dtype):
     check_softmax(case, dtype, implementation="xla", tolerance=TOLERANCE[dtype])
 
