@@ -61,8 +61,8 @@ def alone():
 
 
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("count", [40, pytest.param(250, marks=pytest.mark.slow)])
-def test_random_schedules(alone, monkeypatch, part, count):
+@pytest.mark.parametrize("schedules", [40, pytest.param(250, marks=pytest.mark.slow)])
+def test_random_schedules(alone, monkeypatch, part, schedules):
     """Pages for about two of the sequences, so that rows are sent away and come back.
 
     In the odd parts prompts share their beginnings, which are kept; two of them, and evicted.
@@ -85,7 +85,7 @@ def test_random_schedules(alone, monkeypatch, part, count):
         send(request)
 
     engine._send_away = count
-    for _ in range(count):
+    for _ in range(schedules):
         got, cancelled = run_schedule(engine, known, chance)
         for index, tokens in got.items():
             whole = known[index][2]
@@ -95,9 +95,9 @@ def test_random_schedules(alone, monkeypatch, part, count):
                 assert tuple(tokens) == whole
         assert engine.pages.free + held_by_prefixes(engine) == 10
         assert engine._free_rows == list(range(4))
-    assert away >= count // 25, "hardly anybody was sent away"
+    assert away >= schedules // 25, "hardly anybody was sent away"
     if part % 2:
-        assert engine.snapshots.hits >= count // 3, "hardly any prefix was of use"
+        assert engine.snapshots.hits >= schedules // 3, "hardly any prefix was of use"
 
 
 def sharing_beginnings(alone):
