@@ -178,7 +178,6 @@ def _resume(folder, devices, pipe):
     pipe.send((float(before), float(after), {k: np.asarray(v) for k, v in params.items()}))
 
 
-@pytest.mark.slow
 def test_eight_devices_then_one_then_four(processes, tmp_path):
     """A mesh of 8, of 1 and of 4 devices, each in a process that has no others."""
     previous = None
@@ -224,7 +223,6 @@ def _one_of_two(folder, address, index, pipe):
     pipe.send((steps, same, str(caught.value)))
 
 
-@pytest.mark.slow
 def test_two_processes(processes, tmp_path):
     """They write one checkpoint, share the check of it and both refuse a damaged one."""
     with socket.socket() as free:
