@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
+from cpu_clock import cpu_seconds
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mmx
@@ -62,14 +62,13 @@ def usage_error(arguments, capsys):
 def test_help_answers_at_once():
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = cpu_seconds()
         done = command("--help")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(cpu_seconds() - start)
     assert done.returncode == 0
     assert done.stderr == ""
     assert all(name in done.stdout for name in COMMANDS)
-    # The best of five: a busy machine is not the command's fault.
-    assert min(seconds) < 0.3
+    assert 0.01 < min(seconds) < 0.3  # the best of five: caches are cold or shared
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import time
 from collections import Counter, defaultdict
 
 import checkpoints
 import jax
 import numpy as np
 import pytest
+from cpu_clock import cpu_seconds
 
 import mmx
 from mmx.convert import mapping
@@ -85,9 +85,9 @@ def test_the_released_model_is_described_in_two_seconds_without_an_array():
     # A value that changes nothing here makes sure that no cache answers.
     config = dataclasses.replace(mmx.preset("minimax-text-01"), rope_theta=9_999_999.0)
     arrays = len(jax.live_arrays())
-    start = time.perf_counter()
+    start = cpu_seconds()
     tree = mmx.abstract_params(config)
-    assert time.perf_counter() - start < 2
+    assert cpu_seconds() - start < 2
     assert len(jax.live_arrays()) == arrays
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) == 456_089_655_296

@@ -6,13 +6,13 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from cpu_clock import cpu_seconds
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx.convert.orbax_reader import Limits
@@ -275,10 +275,10 @@ def fault(folder, read=True, limits=None):
 def refused(folder, read=True, limits=None):
     """The message of the refusal, which took little time and memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin = cpu_seconds()
     message = fault(folder, read, limits)
     assert message is not None
-    assert time.perf_counter() - begin < 2
+    assert cpu_seconds() - begin < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
     return message
 
