@@ -11,10 +11,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import train_runs
+from jax._src import cache_key
 from jax.experimental import multihost_utils
 
 from mmx import cli
-from mmx.training import loop
+from mmx.training import loop, plotting
 from mmx.training.checkpoint import complete_steps
 from recipes import pretrain
 from recipes.processes import together
@@ -36,7 +37,8 @@ def command(corpus, folder, *options) -> list[str]:
         "train", "demo", "--corpus", str(corpus), "--run-dir", str(folder),
         "--seq-len", str(train_runs.LENGTH), "--batch-size", str(train_runs.ROWS),
         "--weights", "one", "0.5", "two", "0.5", "--steps", str(STEPS), "--save-every", "2",
-        "--heldout-every", "4", "--sample-every", "0", "--no-tensorboard", *map(str, options),
+        "--heldout-every", "2", "--sample-every", "0", "--shuffle-rows", "32",
+        "--no-tensorboard", *map(str, options),
     ]  # fmt: skip
 
 
@@ -56,7 +58,11 @@ def child(arguments, log, programs, devices, at=None) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_disable_most_optimizations", True)
     train_runs.keep_programs(programs)
+    # One process compiles for all; the key of a program has in it which process asks.
+    jax.config.update("jax_share_binary_between_hosts", True)
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     pretrain.preset = lambda name: CONFIG
+    plotting.draw = lambda folder, file: file  # importing matplotlib takes as long as the run
     if at is not None:
         _signal_before(*at)
     code = cli.main(arguments)
