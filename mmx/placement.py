@@ -62,8 +62,7 @@ def make_partition(
         partition.spec(("batch",), (rows,), name=f"micro-batches of {rows} rows")
     split = partition.devices_of("seq")
     if seq_len is not None and split > 1:
-        # A ring gives each device two chunks.
-        unit = split * (2 if "softmax" in config.layer_kinds else 1)
+        unit = length_unit(config, partition)
         if seq_len % unit:
             axes = " x ".join(f"{axis}={partition.mesh.shape[axis]}"
                               for axis in partition.axes_of("seq"))  # fmt: skip
@@ -74,6 +73,13 @@ def make_partition(
                 f"{unit} tokens; the nearest lengths are {nearest}"
             )
     return partition
+
+
+def length_unit(config: ModelConfig, partition: Partition) -> int:
+    """Tokens of which rows have a multiple, for the devices to share them evenly."""
+    split = partition.devices_of("seq")
+    # A ring gives each device two chunks.
+    return split * (2 if split > 1 and "softmax" in config.layer_kinds else 1)
 
 
 def param_shardings(config: ModelConfig, partition: Partition) -> dict[str, Any]:

@@ -10,9 +10,11 @@ again on the same --run-dir and it goes on where it stopped.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mmx.config import ModelConfig
-from mmx.convert.load import load
+from mmx.convert.load import load, load_config
 from mmx.data.batches import Batches
 from mmx.data.corpus import build_default
 from mmx.data.long_context import LENGTH_MIXES, build_long_corpus, extension_weights
@@ -30,6 +32,7 @@ from mmx.data.tokenizer import load_tokenizer
 from mmx.evaluation.needles import needle_accuracy
 from mmx.model import Params
 from mmx.placement import RuleName, make_partition
+from mmx.training.agreement import by_first
 from mmx.training.evaluation import HeldOut
 from mmx.training.loop import Result, train
 from mmx.training.placement import rows_of_process
@@ -37,8 +40,9 @@ from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
 from recipes import command
+from recipes.processes import together
 from sharding import MeshConfig, Partition
-from sharding.processes import detect
+from sharding.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -195,22 +199,21 @@ def weights_of(recipe: ExtendContext) -> tuple[Weights, ...]:
     )
 
 
-def run(recipe: ExtendContext) -> list[dict[str, Any]]:
-    """Extend, or go on; what was measured after each stage, also in RUN/extension.json."""
-    weights = weights_of(recipe)
-    config, params = load(recipe.from_run)
-    for stage in recipe.stages:  # before an hour's work
-        partition_of(recipe, config, stage.batch_size, stage.seq_len)
-    base = corpus_of(recipe, config)
-    print(f"long documents: in {recipe.run_dir / 'corpus'}", flush=True)
-    long = build_long_corpus(
-        base.folder,
-        recipe.run_dir / "corpus",
-        lengths=[stage.seq_len for stage in recipe.stages],
-        documents=recipe.documents,
-        seed=recipe.seed,
-        workers=os.cpu_count() or 1,
-    )
+def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any]]:
+    """Extend, or go on, with the other processes if any.
+
+    Returns:
+      What was measured after each stage, also in RUN/extension.json.
+    """
+    first = peers is None or peers.is_first
+    weights, config = weights_of(recipe), load_config(recipe.from_run)
+    partitions = [  # before an hour's work
+        partition_of(recipe, config, stage.batch_size, stage.seq_len) for stage in recipe.stages
+    ]
+    with nullcontext() if peers is None else peers.first_alone():
+        base, long = _corpora(recipe, config, quiet=not first)
+    # Stages differ in rows and lengths, which split no parameter.
+    config, params = load(recipe.from_run, partition=partitions[0])
     before, reports = short_loss(recipe, base, config, params), []
     for number, (stage, shares) in enumerate(zip(recipe.stages, weights, strict=True), 1):
         config = dataclasses.replace(
@@ -221,7 +224,7 @@ def run(recipe: ExtendContext) -> list[dict[str, Any]]:
         folder = recipe.run_dir / f"stage-{number}-{stage.seq_len}"
         result = _train(recipe, number, config, params, shares, base, long)
         if not result.finished:
-            print(f"run the same command again to go on from step {result.step} of {folder}")
+            _tell(first, f"run the same command again to go on from step {result.step} of {folder}")
             break
         params = result.params
         reports.append(
@@ -239,9 +242,33 @@ def run(recipe: ExtendContext) -> list[dict[str, Any]]:
             }
         )
         text = json.dumps(reports, indent=1) + "\n"
-        write_atomic(recipe.run_dir / "extension.json", text.encode())
-        print(f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}", flush=True)
+        file = recipe.run_dir / "extension.json"
+        by_first(functools.partial(write_atomic, file, text.encode()))
+        _tell(first, f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}")
     return reports
+
+
+def _corpora(
+    recipe: ExtendContext, config: ModelConfig, *, quiet: bool
+) -> tuple[Manifest, Manifest]:
+    """The shards of short and of long text; what is missing is built."""
+    base = corpus_of(recipe, config)
+    _tell(not quiet, f"long documents: in {recipe.run_dir / 'corpus'}")
+    long = build_long_corpus(
+        base.folder,
+        recipe.run_dir / "corpus",
+        lengths=[stage.seq_len for stage in recipe.stages],
+        documents=recipe.documents,
+        seed=recipe.seed,
+        workers=os.cpu_count() or 1,
+    )
+    return base, long
+
+
+def _tell(first: bool, words: str) -> None:
+    """One process speaks for all."""
+    if first:
+        print(words, flush=True)
 
 
 def _train(
@@ -318,6 +345,7 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
 def _needles(
     recipe: ExtendContext, stage: Stage, config: ModelConfig, params: Params, base: Manifest
 ) -> dict[str, Any]:
+    partition = partition_of(recipe, config, stage.batch_size, stage.seq_len)
     found = needle_accuracy(
         compute_params(params, config, recipe.compute_dtype),
         config,
@@ -326,7 +354,8 @@ def _needles(
         depths=recipe.depths,
         count=recipe.needles,
         seed=recipe.seed,
-        batch_size=1,
+        batch_size=1 if partition is None else partition.devices_of("batch"),
+        partition=partition,
     )
     return dataclasses.asdict(found)
 
@@ -337,12 +366,10 @@ def main(arguments: Sequence[str]) -> int:
     if parsed is None:
         return 0
     recipe, processes = parsed
-    if (cluster := detect(processes)) is not None:
-        raise ValueError(
-            f"mmx extend runs in one process, and this is {cluster.describe()}; start it once, "
-            "with --num-processes 1"
-        )
-    _report(recipe, run(recipe))
+    with together(processes, recipe) as peers:
+        reports = run(recipe, peers)
+    if peers is None or peers.is_first:
+        _report(recipe, reports)
     return 0
 
 

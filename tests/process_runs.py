@@ -1,4 +1,4 @@
-"""`mmx train` in several processes on loopback, forked, with a model that compiles in moments."""
+"""Recipes in several processes on loopback, forked, with a model that compiles in moments."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,12 +18,31 @@ from jax.experimental import multihost_utils
 from mmx import cli
 from mmx.training import loop, plotting
 from mmx.training.checkpoint import complete_steps
-from recipes import pretrain
+from recipes import extend_context, pretrain
+from recipes.extend_context import ExtendContext, Stage
 from recipes.processes import together
+from sharding import MeshConfig
 from sharding.processes import Processes
 
 STEPS = 8
 CONFIG = replace(train_runs.CONFIG, layer_kinds=("lightning",))
+EXTENSION = ExtendContext(
+    from_run=Path("from"),
+    run_dir=Path("long"),
+    corpus=None,
+    stages=(
+        Stage(128, 20_000.0, 5, 1e-3, 8, mix=(0.3, 0.7, 0.0)),
+        Stage(256, 40_000.0, 5, 1e-3, 8, mix=(0.35, 0.35, 0.3)),
+    ),
+    documents=6,
+    short_len=32,
+    depths=(0.0, 1.0),
+    needles=2,
+    compute_dtype="float32",
+    remat="none",
+    mesh=MeshConfig(fsdp=1, seq=-1),
+    tensorboard=False,
+)
 
 
 def free_port() -> int:
@@ -37,7 +57,7 @@ def command(corpus, folder, *options) -> list[str]:
         "train", "demo", "--corpus", str(corpus), "--run-dir", str(folder),
         "--seq-len", str(train_runs.LENGTH), "--batch-size", str(train_runs.ROWS),
         "--weights", "one", "0.5", "two", "0.5", "--steps", str(STEPS), "--save-every", "2",
-        "--heldout-every", "2", "--sample-every", "0", "--shuffle-rows", "32",
+        "--heldout-every", "2", "--sample-every", "4", "--shuffle-rows", "32",
         "--no-tensorboard", *map(str, options),
     ]  # fmt: skip
 
@@ -62,6 +82,7 @@ def child(arguments, log, programs, devices, at=None) -> None:
     jax.config.update("jax_share_binary_between_hosts", True)
     cache_key._hash_accelerator_config = cache_key._hash_devices
     pretrain.preset = lambda name: CONFIG
+    extend_context.PRESETS["demo"] = EXTENSION
     plotting.draw = lambda folder, file: file  # importing matplotlib takes as long as the run
     if at is not None:
         _signal_before(*at)

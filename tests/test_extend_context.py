@@ -7,17 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_runs
+from process_runs import EXTENSION, Group, by_hand, free_port
 
 from mmx.data import tokenizer as bpe
 from mmx.evaluation.needles import needle_accuracy
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
-from recipes.extend_context import PRESETS, ExtendContext, Stage
+from recipes.extend_context import PRESETS
 
-STAGES = (
-    Stage(128, 20_000.0, 5, 1e-3, 8, mix=(0.3, 0.7, 0.0)),
-    Stage(256, 40_000.0, 5, 1e-3, 8, mix=(0.35, 0.35, 0.3)),
-)
+STAGES = EXTENSION.stages
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +26,49 @@ def pretrained(tmp_path_factory):
     return root, manifest
 
 
-def recipe_of(root: Path, manifest, name="long", **changes):
-    return ExtendContext(
-        from_run=root / "run", run_dir=root / name, corpus=manifest.folder, documents=6,
-        depths=(0.0, 1.0), needles=2, compute_dtype="float32", remat="none", short_len=32,
-        tensorboard=False, **{"stages": STAGES, **changes},
-    )  # fmt: skip
+def recipe_of(root: Path, manifest, name="long"):
+    return dataclasses.replace(
+        EXTENSION, from_run=root / "run", run_dir=root / name, corpus=manifest.folder
+    )
+
+
+@pytest.fixture(scope="module")
+def extend(pretrained, processes, tmp_path_factory):
+    """Run the command in so many processes of one device; the reports and what each said."""
+    root, manifest = pretrained
+    programs = tmp_path_factory.mktemp("programs")
+
+    def run(folder, count=1):
+        port, found = free_port(), Group(processes, tmp_path_factory.mktemp("logs"), programs)
+        for number in range(count):
+            arguments = [
+                "extend", "demo", "--from", str(root / "run"), "--run-dir", str(folder),
+                "--corpus", str(manifest.folder),
+                *(by_hand(port, number, count) if count > 1 else ()),
+            ]  # fmt: skip
+            found.start(arguments, devices=1)
+        assert found.end() == ([0] * count, [[]] * count)
+        reports = json.loads((folder / "extension.json").read_text())
+        return reports, [log.read_text() for log in found.logs]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def extended(pretrained, extend):
+    return extend(pretrained[0] / "long")
 
 
 @pytest.mark.slow
-def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypatch):
+def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend):
     root, manifest = pretrained
-    monkeypatch.setattr(extend_context, "partition_of", lambda *_: None)
-    recipe = recipe_of(root, manifest)
-    reports = extend_context.run(recipe)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after ")]
+    reports, (said,) = extended
+    assert "RoPE" in said
+    lines = [line for line in said.splitlines() if line.startswith("after ")]
     for line, row in zip(lines, reports, strict=True):
         assert f"after stage {row['stage']}: length {row['seq_len']}" in line
         assert f"short text {row['short_loss_before']:.3f} -> {row['short_loss']:.3f}" in line
         assert f"retrieved {np.mean(row['needles']['exact']):.0%}" in line
-    assert json.loads((root / "long/extension.json").read_text()) == json.loads(json.dumps(reports))
     assert [row["seq_len"] for row in reports] == [128, 256]
     for row, stage in zip(reports, STAGES, strict=True):
         step, config = run_config(root / "long" / row["run"])
@@ -65,7 +86,7 @@ def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypat
             depths=(0.0, 1.0), count=2, seed=0, batch_size=1,
         )  # fmt: skip
         assert row["needles"]["loss"] == pytest.approx(needles.loss, rel=1e-5)
-        assert row["needles"]["exact"] == needles.exact
+        assert row["needles"]["exact"] == list(needles.exact)
         # Three steps of training before: all losses are still near log(320) = 5.77.
         assert abs(row["short_loss"] - row["short_loss_before"]) > 1e-4
         assert 3 < row["short_loss"] < 6
@@ -75,15 +96,30 @@ def test_stages_follow_each_other_and_are_reported(pretrained, capsys, monkeypat
     assert reports[1]["heldout_loss_before"] == pytest.approx(reports[0]["heldout_loss"], abs=0.02)
     assert reports[1]["heldout_loss_before"] < 5.7
     assert reports[0]["short_loss_before"] == reports[1]["short_loss_before"]
-    extend_context._report(recipe, reports)
-    assert "RoPE" in capsys.readouterr().out
     # A second run trains nothing and measures the same.
     metrics = root / "long/stage-2-256/metrics.jsonl"
     lines = metrics.read_text()
-    again = extend_context.run(recipe)
+    again, _ = extend(root / "long")
     assert metrics.read_text() == lines
     assert again[1]["needles"] == reports[1]["needles"]
     assert again[1]["short_loss"] == reports[1]["short_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(extended, extend, tmp_path):
+    """Tokens of every row are split between them, and so are the parameters."""
+    reports, (told, quiet) = extend(tmp_path / "long", 2)
+    for words in ("long documents: in", "after stage 1", "after stage 2", "report: "):
+        assert words in told
+        assert words not in quiet  # process 0 speaks for all
+    for ours, theirs in zip(reports, extended[0], strict=True):
+        assert ours.keys() == theirs.keys()
+        numbers, expected = (row | row["needles"] for row in (ours, theirs))
+        for name in expected.keys() - {"run", "needles"}:
+            value = expected[name]
+            wanted = list(value) if isinstance(value, tuple) else value
+            # fp32 sums in another order, through ten steps of Adam.
+            assert numbers[name] == pytest.approx(wanted, rel=1e-4), name
 
 
 def test_presets_have_the_lengths_and_bases_of_the_paper():

@@ -165,12 +165,6 @@ def test_bad_flags_are_one_line(environment, capsys, tmp_path, flags, cause):
     assert not (tmp_path / "run").exists()
 
 
-def test_extend_is_for_one_process(environment, capsys):
-    environment(SLURM)
-    assert main(["extend", "demo"]) == 2
-    assert "runs in one process, and this is process 5 of 8 (SLURM)" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- meeting
 
 

@@ -80,6 +80,8 @@ def test_four_processes_killed_and_two_that_go_on_train_as_one(corpus, alone, gr
         # Four devices and one program in all; sums between devices may be in another order.
         np.testing.assert_allclose(*np.array(pairs).T, rtol=1e-5, err_msg=name)
         assert len({a for a, _ in pairs}) > 1
+    written, expected = (run / "samples/step_00000004.txt" for run in (folder, alone))
+    assert written.read_text() == expected.read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,11 @@ from sharded import ROWS
 from test_sharded_model import QUICK
 
 from mmx.cli import main
+from mmx.inference.requests import Sampling
+from mmx.inference.sampling import sample_rows, sampling_rows
+from mmx.model import forward
 from mmx.placement import make_partition, param_shardings, parameter_table
+from mmx.training.evaluation import write_samples
 from mmx.training.placement import put_batch, state_shardings
 from mmx.training.schedule import LearningRate, constant, warm_up
 from mmx.training.state import init_state
@@ -71,6 +76,49 @@ def test_losses_of_24_steps_are_those_of_one_device():
     assert int(state.step) == int(true_state.step) == STEPS
     gate = state.opt_state[1].mu["blocks"]["layer_0"]["moe"]["gate_proj"]
     assert gate.addressable_shards[0].data.shape == (1, 2, 6, 12)  # experts over 2, width over 4
+
+
+class Numbers:
+    """A tokenizer of numbers below 40."""
+
+    def encode(self, text, add_special_tokens):
+        return SimpleNamespace(ids=[int(word) for word in text.split()])
+
+    def decode(self, ids):
+        return "".join(f" {number}" for number in ids)
+
+
+def test_samples_over_devices_are_the_draws_of_one(tmp_path):
+    """Each token is the one drawn from what one device makes of all tokens before it."""
+    mesh, devices = MeshConfig(fsdp=2, seq=2), jax.devices()[:4]
+    partition = make_partition(mesh, "expert", CONFIG, devices=devices)
+    params = random_params(CONFIG, 0)
+    prompts, count = ("7", "1 2 3", "9 39"), 5
+    text = write_samples(
+        tmp_path / "text",
+        jax.device_put(params, param_shardings(CONFIG, partition)),
+        CONFIG,
+        Numbers(),
+        prompts,
+        tokens=count,
+        end_id=-2,
+        compute_dtype="float32",
+        seed=3,
+        partition=partition,
+    )
+    assert (tmp_path / "text").read_text() == text
+    rows = [part.splitlines()[1].split() for part in text.split("--- ")[1:]]
+    keys = sampling_rows([Sampling(temperature=0.8, seed=3 + n) for n in range(3)])
+    longest = 3 + count
+    whole = np.array([[0] * (longest - len(row)) + [int(i) for i in row] for row in rows])
+    mask = np.arange(longest) >= longest - np.array([[len(row)] for row in rows])
+    logits = forward(params, whole, CONFIG, mask=mask, implementation="reference").logits
+    for number in range(count):
+        at = 3 + number
+        seen = np.zeros((3, CONFIG.vocab_size), bool)
+        drawn, _ = sample_rows(logits[:, at - 1], keys, seen, np.full(3, number))
+        np.testing.assert_array_equal(whole[:, at], drawn)
+    assert len({int(i) for i in whole[:, 3:].flat}) > 5
 
 
 def test_the_table_is_what_the_devices_hold():

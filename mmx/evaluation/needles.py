@@ -22,6 +22,8 @@ from mmx.config import ModelConfig
 from mmx.data import tokenizer as bpe
 from mmx.data.facts import Ids, draw_facts, fact, filler, line_starts, question, scatter
 from mmx.model import Params, backbone, check_tokens, unembed
+from mmx.training.agreement import compile_together
+from sharding import Partition, constrain
 
 
 class Prompt(NamedTuple):
@@ -130,6 +132,7 @@ def needle_accuracy(
     needles: int = 1,
     haystack: Sequence[int] | np.ndarray | None = None,
     implementation: str | None = None,
+    partition: Partition | None = None,
 ) -> NeedleResult:
     """How much a model retrieves from texts of `length` tokens.
 
@@ -143,10 +146,12 @@ def needle_accuracy(
       length, depths, count, seed, needles, haystack: as for `needle_prompts`.
       batch_size: prompts at a time.
       implementation: of the kernels; None is the best on this platform.
+      partition: over which devices the work is spread, with parameters where `mmx.placement` puts
+        them. Of several processes all call this, and all have the result.
 
     Raises:
       ValueError: `length` is above `config.max_seq_len`, the tokenizer has more tokens than the
-        model, or see `needle_prompts`.
+        model, sizes that the devices cannot share evenly, or see `needle_prompts`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -169,7 +174,10 @@ def needle_accuracy(
         rows = np.arange(first, min(first + batch_size, len(prompts)))
         # The last batch repeats its last row, so that there is one program.
         padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
-        found = _score(params, tokens[padded], config, longest, implementation)
+        arguments = params, tokens[padded], config, longest, implementation, partition
+        if first == 0:
+            compile_together(_score, *arguments)
+        found = _score(*arguments)
         right[rows], losses[rows] = (np.asarray(value)[: len(rows)] for value in found)
     exact = np.all(right | ~asked, axis=1).reshape(len(depths), count).mean(axis=1)
     return NeedleResult(
@@ -181,23 +189,28 @@ def needle_accuracy(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "last", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "last", "implementation", "partition"))
 def _score(
     params: Params,
     tokens: Int[Array, "B T"],
     config: ModelConfig,
     last: int,
     implementation: str | None,
+    partition: Partition | None = None,
 ) -> tuple[Bool[Array, "B last"], Float[Array, "B last"]]:
     """For the last tokens: whether each is the most likely one, and its -log probability."""
     with jax.named_scope("needles"):
-        x, _, _, _ = backbone(params, tokens, config, implementation=implementation)
+        how = dict(implementation=implementation, partition=partition)
+        tokens = constrain(tokens, "batch", "seq", partition=partition)
+        x, _, _, _ = backbone(params, tokens, config, **how)
         # The token at t is predicted at t - 1.
         logits = unembed(params, x[:, -last - 1 : -1], config)
+        logits = constrain(logits, None, None, None, partition=partition)
         answers = tokens[:, -last:]
         chosen = jnp.take_along_axis(logits, answers[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return jnp.argmax(logits, axis=-1) == answers, losses
+        found = jnp.argmax(logits, axis=-1) == answers, losses
+        return tuple(constrain(array, None, None, partition=partition) for array in found)
 
 
 def _question(tokenizer: Tokenizer, place: str, number: int) -> tuple[Ids, Ids]:

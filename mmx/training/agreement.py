@@ -1,5 +1,6 @@
 """What the processes of a run decide together, so that all do the same; alone, it costs nothing."""
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+_STEPS = itertools.count(1)  # of all runs of this process, as often as it asked whether to stop
 _LONGEST_COMPILE = 7200  # seconds; a process that dies meanwhile is noticed at once
 
 
@@ -80,12 +82,14 @@ def signals() -> Iterator[dict[str, bool]]:
             signal.signal(number, handler)
 
 
-def stop_agreed(asked: bool, step: int) -> bool:
-    """Whether to stop after this step: a process was asked to, and all come to the same step.
+def stop_agreed(asked: bool) -> bool:
+    """Whether to stop before the next step: a process was asked to, and all do before the same one.
 
     Nothing is exchanged before one is asked: a collective a step would let the devices wait for
     the host.
     """
     if jax.process_count() == 1:
         return asked
-    return multihost_utils.reached_preemption_sync_point(step)
+    # Of the process and not of the run: a later run's steps begin anew, and the number that all
+    # agree on may lie past the last step of this one.
+    return multihost_utils.reached_preemption_sync_point(next(_STEPS))

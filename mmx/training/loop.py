@@ -102,7 +102,7 @@ def train(
         stop = stack.enter_context(signals())
         run.measure_before()
         while run.step < plan.steps and run.trouble is None:
-            if stop_agreed(stop["asked"], run.step):
+            if stop_agreed(stop["asked"]):
                 break
             run.take_step()
         run.flush()
@@ -347,8 +347,6 @@ class _Run:
         return put_batch(batch, self.partition)
 
     def _sample(self) -> None:
-        if self.partition is not None:
-            return  # generation is a program for one device
         plan = self.plan
         write_samples(
             self.folder / "samples" / f"step_{self.step:08d}.txt",
@@ -359,6 +357,7 @@ class _Run:
             tokens=plan.sample_tokens,
             end_id=self.manifest.end_id,
             compute_dtype=plan.options.compute_dtype,
+            partition=self.partition,
         )
         self._clock = time.perf_counter()
 
