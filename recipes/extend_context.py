@@ -10,7 +10,6 @@ again on the same --run-dir and it goes on where it stopped.
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -242,8 +241,7 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
             }
         )
         text = json.dumps(reports, indent=1) + "\n"
-        file = recipe.run_dir / "extension.json"
-        by_first(functools.partial(write_atomic, file, text.encode()))
+        by_first(lambda text=text: write_atomic(recipe.run_dir / "extension.json", text.encode()))
         _tell(first, f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}")
     return reports
 
@@ -331,11 +329,7 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
     )
     try:
         heldout = HeldOut(
-            batches,
-            16,
-            config,
-            compute_dtype=recipe.compute_dtype,
-            partition=partition,
+            batches, 16, config, compute_dtype=recipe.compute_dtype, partition=partition
         )
     finally:
         batches.close()

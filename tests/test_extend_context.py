@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import train_runs
-from process_runs import EXTENSION, Group, by_hand, free_port
+from process_runs import EXTENSION, TERM, Group, by_hand, free_port
 
 from mmx.data import tokenizer as bpe
 from mmx.evaluation.needles import needle_accuracy
+from mmx.training.checkpoint import complete_steps
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
 from recipes.extend_context import PRESETS
@@ -34,11 +35,14 @@ def recipe_of(root: Path, manifest, name="long"):
 
 @pytest.fixture(scope="module")
 def extend(pretrained, processes, tmp_path_factory):
-    """Run the command in so many processes of one device; the reports and what each said."""
+    """Run the command in processes of one device each; the reports and what each said.
+
+    `at` is for the last of them: (step, signal).
+    """
     root, manifest = pretrained
     programs = tmp_path_factory.mktemp("programs")
 
-    def run(folder, count=1):
+    def run(folder, count=1, at=None):
         port, found = free_port(), Group(processes, tmp_path_factory.mktemp("logs"), programs)
         for number in range(count):
             arguments = [
@@ -46,7 +50,7 @@ def extend(pretrained, processes, tmp_path_factory):
                 "--corpus", str(manifest.folder),
                 *(by_hand(port, number, count) if count > 1 else ()),
             ]  # fmt: skip
-            found.start(arguments, devices=1)
+            found.start(arguments, devices=1, at=at if number == count - 1 else None)
         assert found.end() == ([0] * count, [[]] * count)
         reports = json.loads((folder / "extension.json").read_text())
         return reports, [log.read_text() for log in found.logs]
@@ -106,20 +110,25 @@ def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend)
 
 
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(extended, extend, tmp_path):
+def test_two_processes_measure_what_one_does_and_stop_together(extended, extend, tmp_path):
     """Tokens of every row are split between them, and so are the parameters."""
-    reports, (told, quiet) = extend(tmp_path / "long", 2)
-    for words in ("long documents: in", "after stage 1", "after stage 2", "report: "):
+    folder = tmp_path / "long"
+    # The signal comes before the last step of a stage: both stop at the beginning of the next.
+    (ours,), (told, quiet) = extend(folder, 2, at=(STAGES[0].steps, TERM))
+    for words in ("long documents: in", "after stage 1", "stopped by a signal", "report: "):
         assert words in told
         assert words not in quiet  # process 0 speaks for all
-    for ours, theirs in zip(reports, extended[0], strict=True):
-        assert ours.keys() == theirs.keys()
-        numbers, expected = (row | row["needles"] for row in (ours, theirs))
-        for name in expected.keys() - {"run", "needles"}:
-            value = expected[name]
-            wanted = list(value) if isinstance(value, tuple) else value
-            # fp32 sums in another order, through ten steps of Adam.
-            assert numbers[name] == pytest.approx(wanted, rel=1e-4), name
+    (theirs, following), _ = extended
+    assert ours.keys() == theirs.keys()
+    numbers, expected = (row | row["needles"] for row in (ours, theirs))
+    for name in expected.keys() - {"run", "needles"}:
+        # fp32 sums in another order, through five steps of Adam.
+        assert numbers[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert complete_steps(folder / following["run"] / "checkpoints")[-1] < STAGES[1].steps
+    # The next stage has begun with the parameters of the one before.
+    about = json.loads((folder / following["run"] / "run.json").read_text())
+    before = following["heldout_loss_before"]
+    assert about["heldout_loss_before"] == pytest.approx(before, rel=1e-4)
 
 
 def test_presets_have_the_lengths_and_bases_of_the_paper():

@@ -15,6 +15,8 @@ from mmx.data import tokenizer as bpe
 from mmx.data.facts import question
 from mmx.evaluation import needles
 from mmx.evaluation.needles import needle_accuracy, needle_prompts
+from mmx.placement import make_partition, param_shardings
+from sharding import MeshConfig
 
 FACT = re.compile(r"The number of (\w+) is (\d{4})\.\n")
 TEXT = [
@@ -154,19 +156,31 @@ def expected(params, config, prompts):
     return losses
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("tokenizer", 16), ("merging", 4)])
-def test_loss_is_that_of_all_logits(request, model, name, batch_size):
+@pytest.mark.parametrize(
+    ("name", "batch_size", "mesh"),
+    [
+        ("tokenizer", 16, None),
+        ("merging", 4, None),
+        ("merging", 4, MeshConfig(fsdp=2, seq=2)),
+    ],
+)
+def test_loss_is_that_of_all_logits(request, model, name, batch_size, mesh):
     """Also where answers differ in their number of tokens, and where the last batch is short."""
     tokenizer = request.getfixturevalue(name)
     config, params = model
     config = dataclasses.replace(config, vocab_size=bpe.vocab_size(tokenizer))
-    params = random_params(config, 0)
+    params, partition = random_params(config, 0), None
     asked = {"length": 180, "depths": (0.2, 0.8), "count": 5, "seed": 4}
     prompts = needle_prompts(tokenizer, **asked)
     sizes = {len(answer) for _, answer in prompts}
     assert len(sizes) > 1 if name == "merging" else sizes == {4}
     losses = expected(params, config, prompts)
-    result = needle_accuracy(params, config, tokenizer, batch_size=batch_size, **asked)
+    if mesh is not None:
+        partition = make_partition(mesh, "long_context", config, devices=jax.devices()[:4])
+        params = jax.device_put(params, param_shardings(config, partition))
+    result = needle_accuracy(
+        params, config, tokenizer, batch_size=batch_size, partition=partition, **asked
+    )
     # fp32 logits of a model of one layer: 1e-6 relative, and sums in another order.
     assert result.loss == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
     assert (result.length, result.depths) == (180, (0.2, 0.8))

@@ -200,17 +200,18 @@ def _score(
 ) -> tuple[Bool[Array, "B last"], Float[Array, "B last"]]:
     """For the last tokens: whether each is the most likely one, and its -log probability."""
     with jax.named_scope("needles"):
-        how = dict(implementation=implementation, partition=partition)
         tokens = constrain(tokens, "batch", "seq", partition=partition)
-        x, _, _, _ = backbone(params, tokens, config, **how)
+        x, _, _, _ = backbone(
+            params, tokens, config, implementation=implementation, partition=partition
+        )
         # The token at t is predicted at t - 1.
         logits = unembed(params, x[:, -last - 1 : -1], config)
         logits = constrain(logits, None, None, None, partition=partition)
         answers = tokens[:, -last:]
         chosen = jnp.take_along_axis(logits, answers[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        found = jnp.argmax(logits, axis=-1) == answers, losses
-        return tuple(constrain(array, None, None, partition=partition) for array in found)
+        right = constrain(jnp.argmax(logits, axis=-1) == answers, None, None, partition=partition)
+        return right, constrain(losses, None, None, partition=partition)
 
 
 def _question(tokenizer: Tokenizer, place: str, number: int) -> tuple[Ids, Ids]:
