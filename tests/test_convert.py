@@ -190,13 +190,16 @@ def test_plain_orbax_reads_it_directly_onto_a_mesh(tmp_path):
     # Each device's part of the experts is chunks of its own: [1, 1 expert, half of the width, all].
     chunks = folder / "params" / "blocks.layer_0.moe.gate_proj"
     assert json.loads((chunks / ".zarray").read_text())["chunks"] == [1, 1, 8, 8]
+    # Of other weights all axes of ZeRO-3 split the width.
+    chunks = folder / "params" / "blocks.layer_0.attention.out_proj"
+    assert json.loads((chunks / ".zarray").read_text())["chunks"][-1] == 16 // 8
 
 
 def test_a_mesh_that_does_not_divide_is_refused(tmp_path, capsys):
     source = small(tmp_path / "it")
     line = refused(capsys, source, tmp_path / "out", "--to", "orbax", "--mesh", "expert=2")
     assert "moe/" in line
-    assert "divide" in line
+    assert "which 2 devices (expert=2) cannot share evenly" in line
     line = refused(capsys, source, tmp_path / "out", "--to", "orbax", "--mesh", "experts=3")
     assert "axes are" in line
     assert not (tmp_path / "out").exists()

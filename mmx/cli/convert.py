@@ -25,6 +25,7 @@ from mmx.convert.memory import parse_size, peak_resident
 
 if TYPE_CHECKING:
     from mmx.convert.plan import Plan
+    from sharding import Partition
 
 _REFRESH = 2  # times a second
 
@@ -53,6 +54,8 @@ class Convert:
     """Layout of experts of --to hf; as in SRC by default."""
     mesh: str = ""
     """axis=n,...: cut Orbax chunks so that each device of such a mesh reads its own."""
+    rules: Literal["fsdp", "tensor", "expert", "long_context", "serving"] = "expert"
+    """What the axes of --mesh split, as for `mmx train`."""
     workers: int | None = None
     """Threads; by default two a core, at most 4."""
     verify: Literal["full", "sample", "none"] = "sample"
@@ -99,8 +102,8 @@ def main(arguments: Sequence[str]) -> int:
         limits=Limits(header_bytes=max_header),
     )
     asked = Options(
-        options.to, options.dtype, shard_size, options.experts, _mesh(options.mesh),
-        options.allow_missing, options.allow_extra,
+        options.to, options.dtype, shard_size, options.experts,
+        _partition(options.mesh, options.rules), options.allow_missing, options.allow_extra,
     )  # fmt: skip
     plan = make_plan(source, asked)
     if options.dry_run:
@@ -208,16 +211,22 @@ def _dry_run(plan: "Plan", options: Convert, destination: Path) -> int:
     return 0
 
 
-def _mesh(text: str) -> dict[str, int]:
-    """Axes and their devices from 'expert=8,tensor=4'."""
-    from mmx.convert.plan import MESH_AXES
+def _partition(mesh: str, rules: str) -> "Partition | None":
+    """Devices that are not there, from 'expert=8,tensor=4'."""
+    from jax.sharding import AbstractMesh
 
-    mesh: dict[str, int] = {}
-    for item in filter(None, text.split(",")):
+    from mmx.placement import RULES
+    from sharding import Partition
+    from sharding.mesh import AXES
+
+    sizes = dict.fromkeys(AXES, 1)
+    for item in filter(None, mesh.split(",")):
         axis, _, number = item.partition("=")
-        if axis not in MESH_AXES or not number.isdigit() or not 0 < int(number) < 1 << 20:
+        if axis not in AXES or not number.isdigit() or not 0 < int(number) < 1 << 20:
             raise ValueError(
-                f"--mesh {text}: {item!r} is not axis=number; axes are {', '.join(MESH_AXES)}"
+                f"--mesh {mesh}: {item!r} is not axis=number; axes are {', '.join(AXES)}"
             )
-        mesh[axis] = int(number)
-    return mesh
+        sizes[axis] = int(number)
+    if not mesh:
+        return None
+    return Partition(AbstractMesh(tuple(sizes.values()), AXES), RULES[rules])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +32,9 @@ from mmx.convert.safetensors_writer import aligned_order
 from mmx.convert.source import CARRIED, PARAMS, PIECE, Source, Stored, piece_bytes
 from mmx.model import param_specs
 from mmx.nn.layers import ParamSpec
+from sharding import Partition, rules
 
 WHOLE = 4 << 20  # bytes up to which an array is one chunk
-# Which axis of a mesh splits a parameter's logical axis.
-MESH_RULES = {"experts": "expert", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-              "expert_mlp": "tensor", "vocab": "tensor", "embed": "fsdp"}  # fmt: skip
-MESH_AXES = ("data", "fsdp", "expert", "tensor", "seq")
 _CAST = {"bf16": np.dtype(jnp.bfloat16), "fp32": np.dtype(np.float32)}
 _Choose = Callable[[str, list[Entry]], np.dtype]
 _VERSION = 1  # of what a plan means; raise it when the bytes of an output change
@@ -52,7 +49,7 @@ class Options:
       dtype: 'as-is' keeps what is stored; 'bf16' rounds all but the routers; 'fp32' widens.
       shard_size: bytes of tensors in a file of Hugging Face's forms; a larger tensor has its own.
       experts: layout of transformers' form; None keeps the source's.
-      mesh: axis -> devices, for which Orbax chunks are cut so that each device reads its own.
+      partition: over whose devices Orbax chunks are cut so that each device reads its own.
       allow_missing, allow_extra: patterns of keys; see `open_source`.
     """
 
@@ -60,7 +57,7 @@ class Options:
     dtype: Dtype = "as-is"
     shard_size: int = 5_000_000_000
     experts: Layout | None = None
-    mesh: Mapping[str, int] = field(default_factory=dict)
+    partition: Partition | None = None
     allow_missing: tuple[str, ...] = ()
     allow_extra: tuple[str, ...] = ()
 
@@ -120,7 +117,9 @@ class Plan:
         options = self.options
         asked: dict[str, Any] = {"to": options.to, "dtype": options.dtype}
         if options.to == "orbax":
-            asked["mesh"] = dict(sorted(options.mesh.items()))
+            partition = options.partition
+            asked["mesh"] = {} if partition is None else dict(partition.mesh.shape)
+            asked["rules"] = None if partition is None else partition.rules.name
         else:
             asked |= {"shard_size": options.shard_size, "experts": self._layout}
         asked |= {"allow_missing": options.allow_missing, "allow_extra": options.allow_extra}
@@ -254,25 +253,29 @@ def _arrays(
             )
         dtype = choose(path, group)
         arrays[path] = ArrayLayout(
-            spec.shape, dtype.name, _chunk(path, spec, dtype.itemsize, group[0], options.mesh)
+            spec.shape, dtype.name, _chunk(path, spec, dtype.itemsize, group[0], options.partition)
         )
     return dict(sorted(arrays.items()))
 
 
 def _chunk(
-    path: str, spec: ParamSpec, itemsize: int, entry: Entry, mesh: Mapping[str, int]
+    path: str, spec: ParamSpec, itemsize: int, entry: Entry, partition: Partition | None
 ) -> tuple[int, ...]:
-    divide = tuple(mesh.get(MESH_RULES.get(axis or "", ""), 1) for axis in spec.axes)
-    if max(divide) == 1 and math.prod(spec.shape) * itemsize <= WHOLE:
+    divide: tuple[int, ...] = ()
+    if partition is not None:
+        try:
+            split = partition.spec(spec.axes, spec.shape, name=path)
+        except ValueError as error:
+            raise ValueError(f"--mesh: {error}") from None
+        sizes = partition.mesh.shape
+        divide = tuple(math.prod(sizes[axis] for axis in rules.names(over)) for over in split)
+    if max(divide, default=1) == 1 and math.prod(spec.shape) * itemsize <= WHOLE:
         return spec.shape
     stacked = len(entry.index)
-    try:
-        return choose_chunk(
-            spec.shape, itemsize, stacked=stacked, max_bytes=piece_bytes(entry, itemsize),
-            divide=divide, cut=stacked + entry.cut,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"--mesh: {path}: {error}") from None
+    return choose_chunk(
+        spec.shape, itemsize, stacked=stacked, max_bytes=piece_bytes(entry, itemsize),
+        divide=divide, cut=stacked + entry.cut,
+    )  # fmt: skip
 
 
 def _carried_arrays(source: Source) -> dict[str, ArrayLayout]:
