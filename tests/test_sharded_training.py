@@ -90,14 +90,15 @@ class Numbers:
 
 def test_samples_over_devices_are_the_draws_of_one(tmp_path):
     """Each token is the one drawn from what one device makes of all tokens before it."""
+    config = small_config("l", num_heads=4, num_kv_heads=2)
     mesh, devices = MeshConfig(fsdp=2, seq=2), jax.devices()[:4]
-    partition = make_partition(mesh, "expert", CONFIG, devices=devices)
-    params = random_params(CONFIG, 0)
+    partition = make_partition(mesh, "expert", config, devices=devices)
+    params = random_params(config, 0)
     prompts, count = ("7", "1 2 3", "9 39"), 5
     text = write_samples(
         tmp_path / "text",
-        jax.device_put(params, param_shardings(CONFIG, partition)),
-        CONFIG,
+        jax.device_put(params, param_shardings(config, partition)),
+        config,
         Numbers(),
         prompts,
         tokens=count,
@@ -112,10 +113,10 @@ def test_samples_over_devices_are_the_draws_of_one(tmp_path):
     longest = 3 + count
     whole = np.array([[0] * (longest - len(row)) + [int(i) for i in row] for row in rows])
     mask = np.arange(longest) >= longest - np.array([[len(row)] for row in rows])
-    logits = forward(params, whole, CONFIG, mask=mask, implementation="reference").logits
+    logits = forward(params, whole, config, mask=mask, implementation="reference").logits
     for number in range(count):
         at = 3 + number
-        seen = np.zeros((3, CONFIG.vocab_size), bool)
+        seen = np.zeros((3, config.vocab_size), bool)
         drawn, _ = sample_rows(logits[:, at - 1], keys, seen, np.full(3, number))
         np.testing.assert_array_equal(whole[:, at], drawn)
     assert len({int(i) for i in whole[:, 3:].flat}) > 5
