@@ -5,8 +5,9 @@ elementwise work taken to be fused; the compiler orders and fuses as it likes, a
 replaces these numbers wherever a program is compiled.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ _WHOLE = frozenset(
     | {"pallas_call", "scan", "while", "cond", "shard_map", "dynamic_update_slice", "cumsum"}
     | {"custom_partitioning", "ffi_call", *COLLECTIVES}
 )
+# They change their first operand in its place.
+_IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add"})
+# Their results are the very arrays that their bodies end with.
+_OPEN = frozenset({"shard_map", "cond"})
+# Written out where they are called.
+_CALLS = ("jit", "remat", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
 Size = Callable[[Any], float]
 
 
@@ -65,9 +72,10 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
             head += sum(_results(eqn, inside))
             continue
         scan, body = eqn, eqn.params["jaxpr"].jaxpr
-        most = max(most, _peak(body, size))
+        carried = sum(map(size, scan.invars[_carried(scan)]))
+        most = max(most, carried + _peak(body, size))
         pairs = zip(body.outvars, scan.outvars, strict=True)
-        stacked = [inner for inner, outer in pairs if _shape(inner) != _shape(outer)]
+        stacked = [inner for inner, outer in pairs if not _same_shape(inner, outer)]
         backward = "transpose" in str(scan.source_info.name_stack)
         if program.request.mode == "train" and not backward:
             made = {v: eqn for eqn in body.eqns for v in eqn.outvars}
@@ -92,7 +100,8 @@ def _constants(jaxpr: Jaxpr) -> set[Any]:
 
 def _hoisted(jaxpr: Jaxpr, size: Size, weights: dict) -> Iterator[tuple[float, str, str]]:
     known = _constants(jaxpr)
-    read = {v for eqn in jaxpr.eqns if eqn.primitive.name == "scan" for v in _variables(eqn)}
+    scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    read = {v for scan in scans for v in scan.invars if not isinstance(v, Literal)}
     for eqn in jaxpr.eqns:
         for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
             if v in known and v in read and eqn.primitive.name == "shard_map":
@@ -109,7 +118,7 @@ def _stacked(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str,
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             for inner, outer in zip(body.outvars, eqn.outvars, strict=True):
-                if _shape(inner) != _shape(outer):
+                if not _same_shape(inner, outer):
                     yield eqn.params["length"] * size(inner), here, _shape(outer)
         for one in _bodies(eqn):
             yield from _stacked(one, _inside(eqn, size), here)
@@ -149,7 +158,8 @@ def _device_size(program: Program) -> Size:
     donated = {entry.shape for entry in program.entries if entry.category in memory}
     for entry in program.entries:
         if entry.category in ("parameters", *memory):
-            for shape in (entry.shape, entry.shape[1:]):
+            # All layers, one of them, and one as it is cut out of all.
+            for shape in (entry.shape, entry.shape[1:], (1, *entry.shape[1:])):
                 shards[shape] = max(shards.get(shape, 1), entry.shards)
 
     def size(v: Any) -> float:
@@ -167,49 +177,120 @@ def _device_size(program: Program) -> Size:
 
 def _peak(jaxpr: Jaxpr, size: Size) -> float:
     """The most bytes at once of what a jaxpr makes, its arguments not counted."""
-    alias, readers = _views(jaxpr), _readers(jaxpr)
+    return _peak_of(jaxpr, size, {})
 
-    def root(v):
-        while v in alias:
-            v = alias[v]
-        return v
 
-    last = {root(v): number for number, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn)}
-    ends = {root(v) for v in jaxpr.outvars if not isinstance(v, Literal)}
-    freed: dict[int, list[Any]] = {}
-    for v, number in last.items():
-        if v not in ends:
-            freed.setdefault(number, []).append(v)
-    alive: dict[Any, float] = {}
+def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
+    """`_peak`; `known` has those of bodies met before, by identity."""
+    steps, ends = _steps(jaxpr)
+    last = {value: number for number, step in enumerate(steps) for value in step.reads}
+    whole = {value for step in steps if step.whole for value in step.reads} | ends
+    freed: dict[int, list[int]] = {}
+    for value, number in last.items():
+        if value not in ends:
+            freed.setdefault(number, []).append(value)
+    alive: dict[int, float] = {}
     now = most = 0.0
-    for number, eqn in enumerate(jaxpr.eqns):
-        inner = max((_peak(one, _inside(eqn, size)) for one in _bodies(eqn)), default=0.0)
-        for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
-            if v not in alias and _is_array(eqn, v, readers, ends):
-                alive[v] = bytes_
+    for number, step in enumerate(steps):
+        inner = 0.0
+        for body in _bodies(step.eqn):
+            if id(body) not in known:
+                known[id(body)] = _peak_of(body, _inside(step.eqn, size), known)
+            inner = max(inner, known[id(body)])
+        before = now
+        for value, bytes_ in zip(step.makes, _results(step.eqn, size), strict=False):
+            if value not in alive and (step.whole or value in whole):
+                alive[value] = bytes_
                 now += bytes_
-        most = max(most, now + inner)
-        now -= sum(alive.pop(v, 0.0) for v in freed.get(number, ()))
+        opened = step.eqn.primitive.name in _OPEN
+        most = max(most, now, inner + (before if opened else now))
+        now -= sum(alive.pop(value, 0.0) for value in freed.get(number, ()))
     return most
 
 
-def _variables(eqn: Any) -> Iterator[Any]:
-    return (v for v in eqn.invars if not isinstance(v, Literal))
+@dataclass(frozen=True)
+class _Step:
+    """An equation that is no call and no view, and the numbers of the values it reads and makes."""
+
+    eqn: Any
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        return self.eqn.primitive.name in _WHOLE
 
 
-def _readers(jaxpr: Jaxpr) -> dict[Any, list[Any]]:
-    readers: dict[Any, list[Any]] = {}
-    for eqn in jaxpr.eqns:
-        for v in _variables(eqn):
-            readers.setdefault(v, []).append(eqn)
-    return readers
+def _steps(jaxpr: Jaxpr) -> tuple[list[_Step], set[int]]:
+    """The equations of a jaxpr in its order, and the values it returns.
+
+    What is called is written out in place of the call, as XLA has it: else a function of a few
+    elementwise lines, `silu` or all that `jax.checkpoint` repeats of them, would seem to take and
+    give arrays where it is fused with who calls it. A view is the value that it is a view of; what
+    is changed in place, as a loop changes what it carries, is the value that it was.
+    """
+    steps: list[_Step] = []
+    numbers = itertools.count()
+    made: set[int | None] = set()  # by equations
+
+    def write(jaxpr: Jaxpr, values: dict[Any, int]) -> list[int | None]:
+        def value(v: Any) -> int:
+            if v not in values:
+                values[v] = next(numbers)
+            return values[v]
+
+        def read(variables: Sequence[Any]) -> list[int | None]:
+            return [None if isinstance(v, Literal) else value(v) for v in variables]
+
+        def bind(variables: Sequence[Any], given: Sequence[int | None]) -> None:
+            pairs = zip(variables, given, strict=False)
+            values.update((v, one) for v, one in pairs if one is not None)
+
+        for eqn in jaxpr.eqns:
+            given, name = read(eqn.invars), eqn.primitive.name
+            if name.startswith(_CALLS):
+                (called,) = inner_jaxprs(eqn)
+                inside: dict[Any, int] = {
+                    v: one for v, one in zip(called.invars, given, strict=True) if one is not None
+                }
+                bind(eqn.outvars, write(called, inside))
+                continue
+            view = _is_view(eqn) and given[0] is not None
+            if view or name in _IN_PLACE:
+                bind(eqn.outvars, given[:1])
+            elif name in ("scan", "while"):
+                bind(eqn.outvars, [one if one in made else None for one in given[_carried(eqn)]])
+            if not view:
+                reads = tuple(one for one in given if one is not None)
+                makes = () if name in _IN_PLACE and reads else tuple(map(value, eqn.outvars))
+                steps.append(_Step(eqn, reads, makes))
+                made.update(makes)
+        return read(jaxpr.outvars)
+
+    ends = write(jaxpr, {})
+    return steps, {one for one in ends if one is not None}
 
 
-def _views(jaxpr: Jaxpr) -> dict[Any, Any]:
-    """Results that are views, and what they are views of."""
-    views = (eqn for eqn in jaxpr.eqns if eqn.primitive.name in _VIEWS)
-    pairs = (pair for eqn in views for pair in zip(eqn.outvars, eqn.invars, strict=False))
-    return {out: given for out, given in pairs if not isinstance(given, Literal)}
+def _is_view(eqn: Any) -> bool:
+    if eqn.primitive.name == "pad":  # by nothing
+        return eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    return eqn.primitive.name in _VIEWS
+
+
+def _carried(eqn: Any) -> slice:
+    """The operands of a loop that it carries from turn to turn; its first results are theirs."""
+    count, scanned = len(eqn.outvars), 0
+    if eqn.primitive.name == "scan":
+        body = eqn.params["jaxpr"].jaxpr
+        count = sum(map(_same_shape, body.outvars, eqn.outvars))
+        scanned = sum(not _same_shape(*pair) for pair in zip(body.invars, eqn.invars, strict=True))
+    end = len(eqn.invars) - scanned
+    return slice(end - count, end)
+
+
+def _same_shape(inner: Any, outer: Any) -> bool:
+    """Whether a loop has the same of all turns as of one: it is carried, or read by each."""
+    return inner.aval.shape == outer.aval.shape
 
 
 def _results(eqn: Any, size: Size) -> list[float]:
@@ -218,12 +299,6 @@ def _results(eqn: Any, size: Size) -> list[float]:
         return [size(v) for v in eqn.outvars]
     (body,) = inner_jaxprs(eqn)
     return [0.0 if isinstance(v, Literal) else size_of(v) for v in body.outvars]
-
-
-def _is_array(eqn: Any, v: Any, readers: dict, ends: set) -> bool:
-    if eqn.primitive.name in _WHOLE or any(True for _ in inner_jaxprs(eqn)) or v in ends:
-        return True
-    return any(reader.primitive.name in _WHOLE for reader in readers.get(v, ()))
 
 
 def _bodies(eqn: Any) -> Iterator[Jaxpr]:
