@@ -3,6 +3,8 @@
 import jax
 
 H200_CORES = 132
+# What devices that are not there are called, and what they can do.
+CAPABILITIES = {"NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0)}
 
 
 def backend() -> str:
@@ -25,7 +27,10 @@ def is_tpu() -> bool:
 
 
 def gpu_compute_capability() -> tuple[int, int] | None:
-    """(9, 0) for Hopper and so on; None when the default backend is no NVIDIA GPU."""
+    """(9, 0) for Hopper and so on; None when the target is no NVIDIA GPU that is known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform != backend():
+        return CAPABILITIES.get(device.device_kind)
     if backend() != "gpu":
         return None
     capability = getattr(jax.devices()[0], "compute_capability", None)

@@ -12,7 +12,6 @@ import pytest
 from random_models import random_params, random_tokens, small_config
 
 import mmx
-from mmx.planning import aot
 from mmx.planning.exhausted import MemoryExhausted, explained, of_engine
 from mmx.planning.search import best
 from mmx.planning.topology import parse_topology
@@ -95,22 +94,6 @@ def test_other_errors_pass_through():
     config = small_config("ls")
     ask = of_engine(config, random_params(config, 0), rows=2, tokens=512)
     assert (ask.mode, ask.batch, ask.seq) == ("decode", 2, 256)
-
-
-@pytest.mark.parametrize(
-    ("message", "reason", "needed"),
-    [
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 100.50G of 95.73G hbm.",
-         "HBM is too small", int(100.5 * 2**30)),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem, "
-         "kernel_name=lightning_forward Used 160.00M of 127.94M vmem.",
-         "in the kernel lightning_forward", 160 * 2**20),
-    ],
-)  # fmt: skip
-def test_a_compiler_without_memory_is_understood(message, reason, needed):
-    assert aot.out_of_memory(RuntimeError(message))
-    assert reason in aot._reason(message)
-    assert aot._needed(message) == needed
 
 
 def test_a_first_moment_in_bf16_trains_nearly_the_same():

@@ -52,7 +52,7 @@ class PlanOptions:
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the plan there as well."""
     quick: bool = False
-    """Compile nothing: bytes from shapes, an estimate of what comes and goes."""
+    """Compile and lower nothing: bytes from shapes, an estimate of what comes and goes."""
     search: bool = False
     """Try the meshes there are and plan the best."""
 
@@ -113,13 +113,15 @@ def _plan(ask: Any, options: PlanOptions) -> int:
     from mmx.planning.advice import advise
     from mmx.planning.report import make_plan, render, to_json
 
-    compiled = None
+    compiler = None
     if not options.quick and ask.topology.chip.kind == "tpu":
-        from mmx.planning.aot import compile_request
+        from mmx.planning.aot import compile_request as compiler
+    elif not options.quick:
+        from mmx.planning.lowering import lower_request as compiler
+        from mmx.planning.lowering import make_room
 
-        make_plan(ask)  # what shapes alone refuse is refused at once
-        compiled = compile_request(ask)
-    plan = make_plan(ask, compiled)
+        make_room(ask)
+    plan = make_plan(ask, compiler)
     advice = [] if plan.fits else advise(ask)
     Console().print(render(plan, advice))
     if options.json is not None:

@@ -94,7 +94,7 @@ def _scaled(subscripts: str, x: Array, kernel: Int8) -> Array:
 
 def _rounded(subscripts: str, x: Array, kernel: Array) -> Array:
     """The result of a bf16 product, added up in fp32 and rounded once."""
-    if platform.backend() == "cpu":
+    if platform.target() == "cpu":
         # XLA's CPU backend adds some products with a bf16 result up in bf16.
         return einsum(subscripts, x, kernel).astype(x.dtype)
     return jnp.einsum(subscripts, x, kernel, preferred_element_type=x.dtype)

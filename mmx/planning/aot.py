@@ -64,15 +64,17 @@ def compile_request(ask: Request) -> Compiled:
     """
     mesh = device_mesh(ask.topology, MeshConfig(**ask.mesh))
     began = time.perf_counter()
-    traced = build(ask, mesh).trace()
+    program = build(ask, mesh)
+    traced = program.trace()
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
         message = " ".join(str(error).split())
+        stays = sum(entry.device_bytes for entry in program.entries)
         return Compiled(
-            time.perf_counter() - began, failure=_reason(message), needed=_needed(message)
+            time.perf_counter() - began, failure=_reason(message), needed=_needed(message, stays)
         )
     seconds = time.perf_counter() - began
     stats: Any = compiled.memory_analysis()
@@ -92,18 +94,48 @@ def out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
+# As libtpu writes it where blocks are somewhat, and where they are far, too large.
+_KERNEL = re.compile(r"([\w-]+?)(?:\.\d+)? = [^=]*?\bcustom-call\(|:: ([\w-]+?)(?:\.\d+)?$")
+_SIZES_SAID = (
+    re.compile(r"allocation with size (\S+) and limit (\S+)"),
+    re.compile(r"[Uu]sed (\S+) of (\S+) vmem"),
+    re.compile(r"\(size=(\d+)\) would exceed memory \(size=(\d+)\)"),
+)
+_WINDOW = re.compile(r"(\w+ window).{0,60}window shape is (\w+\[[\d,]*\])")
+
+
 def _reason(message: str) -> str:
-    """Which memory, and of a kernel's own which kernel."""
-    if re.search(r"\bvmem\b", message, re.IGNORECASE):
-        kernel = re.search(r'(?:kernel_name|name)[=:]? ?"?(\w+)', message)
-        where = f" in the kernel {kernel[1]}" if kernel else ""
-        return f"vector memory (VMEM) overflows{where}: {message[:300]}"
-    return f"HBM is too small: {message[:300]}"
+    """Which memory, and of a kernel's own which kernel and which of its blocks."""
+    if not _in_vmem(message):
+        return f"HBM is too small: {message[:300]}"
+    kernel, window = _KERNEL.search(message), _WINDOW.search(message)
+    where = f" in the kernel {kernel[1] or kernel[2]}" if kernel else ""
+    block = f", the {window[1]} {window[2]} among it" if window else ""
+    for pattern in _SIZES_SAID:
+        if said := pattern.search(message):
+            sizes = f"{_plain(said[1])} wanted of {_plain(said[2])}{block}"
+            return f"vector memory (VMEM) overflows{where}: {sizes}"
+    return f"vector memory (VMEM) overflows{where}: {message[:300]}"
 
 
-def _needed(message: str) -> int:
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", message)
-    return int(float(used[1]) * _SIZES[used[2]]) if used else 0
+def _in_vmem(message: str) -> bool:
+    return re.search(r"\bvmem\b", message, re.IGNORECASE) is not None
+
+
+def _plain(size: str) -> str:
+    return f"{int(size) / (1 << 20):.2f}M" if size.isdecimal() else size
+
+
+def _needed(message: str, stays: int) -> int:
+    """Bytes of HBM; `stays` are those of the arguments, which libtpu may leave out."""
+    if _in_vmem(message):
+        return 0
+    size = r"([\d.]+)([KMGT]?)"
+    if used := re.search(rf"Used {size} of", message):
+        return int(float(used[1]) * _SIZES[used[2]])
+    if used := re.search(rf"required for HLO temporaries \({size}\)", message):
+        return stays + int(float(used[1]) * _SIZES[used[2]])
+    return 0
 
 
 def device_mesh(topology: Topology, config: MeshConfig) -> Mesh:

@@ -7,6 +7,7 @@ replaces these numbers wherever a program is compiled.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ _VIEWS = frozenset(
     {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "optimization_barrier", "name"}
     | {"stop_gradient", "copy", "transpose"}
 )
-# Their results are always arrays of their own; all others are fused into who reads them.
+# They read arrays and make arrays; all others are fused with what they read or with who reads them.
 _WHOLE = frozenset(
     {"dot_general", "ragged_dot_general", "gather", "scatter", "scatter-add", "sort", "concatenate"}
     | {"pallas_call", "scan", "while", "cond", "shard_map", "dynamic_update_slice", "cumsum"}
@@ -183,8 +184,12 @@ def _peak(jaxpr: Jaxpr, size: Size) -> float:
 def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
     """`_peak`; `known` has those of bodies met before, by identity."""
     steps, ends = _steps(jaxpr)
-    last = {value: number for number, step in enumerate(steps) for value in step.reads}
-    whole = {value for step in steps if step.whole for value in step.reads} | ends
+    sizes = {
+        value: bytes_
+        for step in steps
+        for value, bytes_ in zip(step.makes, _results(step.eqn, size), strict=False)
+    }
+    stored, last = _stored(steps, ends, sizes)
     freed: dict[int, list[int]] = {}
     for value, number in last.items():
         if value not in ends:
@@ -198,14 +203,40 @@ def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
                 known[id(body)] = _peak_of(body, _inside(step.eqn, size), known)
             inner = max(inner, known[id(body)])
         before = now
-        for value, bytes_ in zip(step.makes, _results(step.eqn, size), strict=False):
-            if value not in alive and (step.whole or value in whole):
-                alive[value] = bytes_
-                now += bytes_
+        for value in step.makes:
+            if value not in alive and value in stored:
+                alive[value] = sizes[value]
+                now += sizes[value]
         opened = step.eqn.primitive.name in _OPEN
         most = max(most, now, inner + (before if opened else now))
         now -= sum(alive.pop(value, 0.0) for value in freed.get(number, ()))
     return most
+
+
+def _stored(
+    steps: list["_Step"], ends: set[int], sizes: dict[int, float]
+) -> tuple[set[int], dict[int, int]]:
+    """Which values are arrays, and the number of the step that needs each of them last.
+
+    The result of elementwise work is one if something reads it that wants an array, or if several
+    do and it is no larger than what it is made of. Else whoever reads it makes it anew, of arrays
+    that must be there until then.
+    """
+    wanted = {value for step in steps if step.whole for value in step.reads} | ends
+    readers = Counter(value for step in steps for value in step.reads)
+    made_of: dict[int, frozenset[int]] = {}
+    last: dict[int, int] = {}
+    for number, step in enumerate(steps):
+        arrays = frozenset[int]().union(*(made_of.get(value, ()) for value in step.reads))
+        last.update(dict.fromkeys(arrays, number))
+        room = sum(map(sizes.__getitem__, arrays))
+        for value in step.makes:
+            shared = readers[value] > 1 and sizes[value] <= room
+            own = step.whole or step.reduces or value in wanted or shared
+            made_of[value] = frozenset((value,)) if own else arrays
+            if own:
+                last.setdefault(value, number)
+    return {value for value, arrays in made_of.items() if arrays == {value}}, last
 
 
 @dataclass(frozen=True)
@@ -219,6 +250,10 @@ class _Step:
     @property
     def whole(self) -> bool:
         return self.eqn.primitive.name in _WHOLE
+
+    @property
+    def reduces(self) -> bool:
+        return self.eqn.primitive.name.startswith(("reduce_", "arg"))
 
 
 def _steps(jaxpr: Jaxpr) -> tuple[list[_Step], set[int]]:

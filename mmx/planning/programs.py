@@ -188,11 +188,18 @@ class Program:
             return self.function.trace(*self.arguments)
 
 
-def abstract_mesh(topology: Topology, sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh of devices that are not there."""
-    device = AbstractDevice(
-        platform=topology.chip.kind, device_kind=topology.chip.device_kind, num_cores=None
-    )
+def abstract_mesh(
+    topology: Topology, sizes: dict[str, int], kernels: Literal["own", "countable"]
+) -> AbstractMesh:
+    """A mesh of devices that are not there.
+
+    With 'own' kernels programs have those that the chip would run; with 'countable' ones those of
+    GPUs, which say nothing of what they compute, give way to their XLA forms.
+    """
+    chip = topology.chip
+    named = chip.kind == "tpu" or kernels == "own"
+    kind = chip.device_kind if named else "a GPU without kernels"
+    device = AbstractDevice(platform=chip.kind, device_kind=kind, num_cores=None)
     types = (AxisType.Auto,) * len(AXES)
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, types, abstract_device=device)
 
@@ -204,7 +211,8 @@ def build(
 
     Args:
       ask: what to plan.
-      mesh: None is one of devices that are not there, which can be traced but not compiled.
+      mesh: None is one of devices that are not there, which can be traced and counted but not
+        compiled.
       folded: give the program one layer of each kind in a superblock instead of all of them, which
         is as good for counting and traced several times faster; `Facts.layer_weights` has how many
         each stands for.
@@ -212,7 +220,7 @@ def build(
     Raises:
       ValueError: sizes that the mesh cannot share evenly.
     """
-    mesh = mesh or abstract_mesh(ask.topology, ask.mesh)
+    mesh = mesh or abstract_mesh(ask.topology, ask.mesh, "countable")
     partition = Partition(mesh, ask.rules, expert_groups=ask.expert_groups)
     config, weights = fold(ask.config) if folded else (ask.config, ())
     facts = Facts(

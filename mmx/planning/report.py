@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mmx.planning import implicit
 from mmx.planning.aot import Compiled
+from mmx.planning.lowering import Lowered
 from mmx.planning.memory import Work, work
 from mmx.planning.programs import Program, Request, build
 from mmx.planning.roofline import Roofline, roofline
@@ -36,6 +37,7 @@ class Plan:
       largest: (bytes, name, shape) of the largest arrays.
       warnings: one sentence each.
       compiled: what the compiler says; None when it was not asked.
+      lowered: what became of it on the way to a compiler that is not asked; None if not tried.
     """
 
     request: Request
@@ -47,6 +49,7 @@ class Plan:
     largest: list[tuple[float, str, str]]
     warnings: list[str]
     compiled: Compiled | None = None
+    lowered: Lowered | None = None
 
     @property
     def total(self) -> int:
@@ -57,20 +60,29 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        failed = self.compiled is not None and self.compiled.failure is not None
+        found = (self.compiled, self.lowered)
+        failed = any(one is not None and one.failure is not None for one in found)
         return not failed and self.total <= self.capacity
 
 
-def make_plan(ask: Request, compiled: Compiled | None = None) -> Plan:
-    """Plan from shapes and the traced program, and where it was compiled from that.
+def make_plan(
+    ask: Request, compiler: Callable[[Request], Compiled | Lowered] | None = None
+) -> Plan:
+    """Plan from shapes and the traced program, and from what a compiler says of it.
+
+    Args:
+      ask: what to plan.
+      compiler: `compile_request` or `lower_request`, asked after shapes have refused nothing.
 
     Raises:
-      ValueError: sizes that the mesh cannot share evenly.
+      ValueError: sizes that the mesh cannot share evenly; and as `compiler`.
     """
     program = build(ask, folded=True)
     jaxpr = live(program.trace().jaxpr)
     counts = count(jaxpr, program.facts)
     needs = work(program, jaxpr)
+    found = None if compiler is None else compiler(ask)
+    compiled = found if isinstance(found, Compiled) else None
     memory = _memory(program, needs)
     messages = [*counts.collectives, *implicit.messages(program)]
     if compiled is not None and compiled.messages:
@@ -87,6 +99,7 @@ def make_plan(ask: Request, compiled: Compiled | None = None) -> Plan:
         largest=sorted([*stays, *needs.arrays], reverse=True)[:10],
         warnings=_warnings(program, needs, counts.room, counts.unknown, compiled),
         compiled=compiled,
+        lowered=found if isinstance(found, Lowered) else None,
     )
 
 
@@ -200,6 +213,7 @@ def to_json(plan: Plan, advice: Sequence[tuple[str, int, bool]] = ()) -> dict[st
         ],
         "warnings": plan.warnings,
         "compiled": compiled,
+        "lowered": None if plan.lowered is None else dataclasses.asdict(plan.lowered),
         "would_fit": [
             {"setting": setting, "total_bytes": total, "fits": fits}
             for setting, total, fits in advice
@@ -229,6 +243,7 @@ def render(plan: Plan, advice: Sequence[tuple[str, int, bool]] = ()) -> Group:
         Columns([_message_table(plan), _largest_table(plan)]),
         *warnings,
         *_speed(plan),
+        *([] if plan.lowered is None else [Text(str(plan.lowered))]),
         *_verdict(plan, advice),
     )
 
