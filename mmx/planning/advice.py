@@ -3,28 +3,41 @@
 import dataclasses
 from collections.abc import Iterator
 
-from mmx.planning.programs import Request
-from mmx.planning.report import make_plan
+from mmx.planning.programs import Request, build
+from mmx.planning.report import Plan, make_plan
 
 MOST = 3
+MOST_GROUPS = 16  # each is a copy of the experts' part of the program, to trace and to compile
 
 
-def advise(ask: Request) -> list[tuple[str, int, bool]]:
+def advise(plan: Plan) -> list[tuple[str, int, bool]]:
     """The settings that help most: (what to write, peak bytes of a device, whether it fits).
 
     Those that fit come first, and of them those that change least.
     """
     found = []
-    for setting, other in _changes(ask):
+    for setting, other in _changes(plan.request):
         try:
-            plan = make_plan(other)
+            total = _total(plan, other)
         except ValueError:  # not with these sizes
             continue
-        found.append((setting, plan.total, plan.fits))
+        found.append((setting, total, total <= other.topology.device_hbm))
+        if sum(fits for *_, fits in found) == MOST:
+            break  # what comes later would be listed after these
     order = sorted(
         range(len(found)), key=lambda i: (not found[i][2], 0 if found[i][2] else found[i][1])
     )
     return [found[i] for i in order[:MOST]]
+
+
+def _total(plan: Plan, other: Request) -> int:
+    """The estimate for another request."""
+    if dataclasses.replace(plan.request, optimizer_dtype=other.optimizer_dtype) != other:
+        return make_plan(other).total
+    # The same program but for what stays.
+    entries = build(other).entries
+    optimizer = sum(entry.device_bytes for entry in entries if entry.category == "optimizer")
+    return sum(plan.memory.values()) - plan.memory["optimizer"] + optimizer
 
 
 def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
@@ -37,7 +50,7 @@ def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
         if ask.remat != "layer":
             yield "--remat layer", change(remat="layer")
         groups = 4 * ask.expert_groups
-        if ask.mesh["expert"] > 1 and ask.seq % groups == 0:
+        if ask.mesh["expert"] > 1 and ask.seq % groups == 0 and groups <= MOST_GROUPS:
             yield f"--expert-groups {groups}", change(expert_groups=groups)
         if ask.batch % 2 == 0:
             batch, turns = ask.batch // 2, 2 * ask.accumulation

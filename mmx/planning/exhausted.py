@@ -51,7 +51,8 @@ def _explain(ask: Callable[[], "Request"]) -> str:
 
     try:
         request = ask()
-        plan, advice = make_plan(request), advise(request)
+        plan = make_plan(request)
+        advice = advise(plan)
     except (ValueError, NotImplementedError) as error:
         return f"; it could not be planned: {error}"
     Console(stderr=True).print(render_memory(plan, advice))

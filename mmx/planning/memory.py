@@ -100,28 +100,32 @@ def _constants(jaxpr: Jaxpr) -> set[Any]:
 
 
 def _hoisted(jaxpr: Jaxpr, size: Size, weights: dict) -> Iterator[tuple[float, str, str]]:
-    known = _constants(jaxpr)
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     read = {v for scan in scans for v in scan.invars if not isinstance(v, Literal)}
+    known = _constants(jaxpr) & read if scans else set()
     for eqn in jaxpr.eqns:
-        for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
-            if v in known and v in read and eqn.primitive.name == "shard_map":
-                layer = layer_of(eqn)
-                times = 1 if layer is None else weights.get(layer, 1)
-                yield bytes_ * times, _scope("", eqn), _shape(v)
+        if eqn.primitive.name == "shard_map" and known.intersection(eqn.outvars):
+            layer = layer_of(eqn)
+            times = 1 if layer is None else weights.get(layer, 1)
+            for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
+                if v in known:
+                    yield bytes_ * times, _scope("", eqn), _shape(v)
         for inner in _bodies(eqn):
             yield from _hoisted(inner, _inside(eqn, size), weights)
 
 
 def _stacked(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str, str]]:
     for eqn in jaxpr.eqns:
+        bodies = list(_bodies(eqn))
+        if not bodies:
+            continue
         here = _scope(scope, eqn)
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             for inner, outer in zip(body.outvars, eqn.outvars, strict=True):
                 if not _same_shape(inner, outer):
                     yield eqn.params["length"] * size(inner), here, _shape(outer)
-        for one in _bodies(eqn):
+        for one in bodies:
             yield from _stacked(one, _inside(eqn, size), here)
 
 
@@ -347,9 +351,12 @@ def _inside(eqn: Any, size: Size) -> Size:
 
 def _arrays(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str, str]]:
     for eqn in jaxpr.eqns:
+        bodies, whole = list(_bodies(eqn)), eqn.primitive.name in _WHOLE
+        if not bodies and not whole:
+            continue
         here = _scope(scope, eqn)
-        if eqn.primitive.name in _WHOLE:
+        if whole:
             for v, bytes_ in zip(eqn.outvars, _results(eqn, size), strict=True):
                 yield bytes_, here, f"{eqn.primitive.name} {_shape(v)}"
-        for one in _bodies(eqn):
+        for one in bodies:
             yield from _arrays(one, _inside(eqn, size), here)
