@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from random_models import small_config
 
 import mmx
 from mmx.cli import main
@@ -118,17 +119,18 @@ def test_a_step_is_three_forward_passes_and_what_is_computed_again():
 
 
 def test_a_folded_program_counts_as_the_whole_one():
-    config = mmx.preset("tiny")
+    assert fold(mmx.preset("tiny"))[1] == (3, 1)
+    config = small("lls" * 2)
     folded, weights = fold(config)
-    assert (len(folded.superblock), weights) == (2, (3, 1))
-    whole = build(ask(mesh="expert=4,seq=2", batch=4), folded=False)
-    small = build(ask(mesh="expert=4,seq=2", batch=4), folded=True)
-    one, other = (count(live(p.trace().jaxpr), p.facts) for p in (whole, small))
+    assert (len(folded.superblock), weights) == (2, (2, 1))
+    asked = ask(config=config, topology="h200:4", mesh="expert=2,seq=2", batch=4, seq=64)
+    whole, short = (build(asked, folded=folded) for folded in (False, True))
+    one, other = (count(live(p.trace().jaxpr), p.facts) for p in (whole, short))
     assert dict(one.flops) == pytest.approx(dict(other.flops), rel=1e-12)
     named = [{(c.kind, c.axes, c.part): (c.count, c.bytes) for c in x.collectives}
              for x in (one, other)]  # fmt: skip
     assert named[0] == named[1]
-    assert whole.entries == small.entries
+    assert whole.entries == short.entries
 
 
 # ---------------------------------------------------------------- messages
@@ -189,19 +191,25 @@ def parsed(text: str, sizes: dict[str, int]) -> dict[tuple[str, int], tuple[floa
 @pytest.fixture(scope="module")
 def step_on_8():
     """A training step of a small model, compiled for 8 CPU devices, and traced."""
-    config = small()
-    wanted = ask(config=config, mesh="expert=4,seq=2", seq=64, batch=4, dtype="float32")
+    wanted = ask(
+        config=small("ls" * 2),
+        mesh="expert=4,seq=2",
+        seq=64,
+        batch=4,
+        dtype="float32",
+        remat="none",
+    )
     mesh = make_mesh(MeshConfig(fsdp=1, expert=4, seq=2), jax.devices())
     program = build(wanted, mesh)
     # The mesh of these devices, not of the GPUs the plan is of: kernels and exchange are CPU's.
     traced = program.function.trace(*program.arguments)
-    return program, live(traced.jaxpr), traced.lower().compile()
+    # Nothing is run: what LLVM makes of it can be slow. The HLO is the same.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return program, live(traced.jaxpr), traced.lower().compile(compiler_options=options)
 
 
-def small():
-    from random_models import small_config
-
-    return small_config("ls" * 2, num_heads=4, num_kv_heads=2, num_experts=4, embed_dim=32)
+def small(layers):
+    return small_config(layers, num_heads=4, num_kv_heads=2, num_experts=4, embed_dim=32)
 
 
 def test_messages_of_a_compiled_program_are_those_an_own_parse_finds(step_on_8):
@@ -324,7 +332,7 @@ def run(*arguments):
 
 
 def test_exit_codes_json_and_what_would_make_it_fit(tmp_path, capsys):
-    fits = ("tiny", "--mode", "train", "--topology", "h200:2", "--seq", "64", "--batch", "4")
+    fits = ("tiny", "--mode", "prefill", "--topology", "h200:2", "--seq", "64", "--batch", "4")
     assert run(*fits, "--quick", "--json", str(tmp_path / "plan.json")) == 0
     assert "it fits" in capsys.readouterr().out
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -361,17 +369,8 @@ def test_bad_input_is_one_line(changes, message, capsys):
 def test_a_missing_or_locked_compiler_is_named(monkeypatch, capsys):
     from mmx.planning import aot
 
-    arguments = (
-        "tiny",
-        "--mode",
-        "train",
-        "--topology",
-        "v5p:2x2x1",
-        "--seq",
-        "64",
-        "--batch",
-        "4",
-    )
+    arguments = ("tiny", "--mode", "decode", "--topology", "v5p:2x2x1", "--seq", "64")
+    arguments += ("--batch", "4")
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(aot.sys, "prefix", "/nowhere")
     assert run(*arguments) == 2

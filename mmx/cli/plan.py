@@ -1,6 +1,5 @@
 """`mmx plan`: whether a program fits a machine nobody has at hand, and how fast it could be."""
 
-import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,18 +97,6 @@ def main(arguments: Sequence[str]) -> int:
     """Print the plan."""
     options = parse(arguments)
     config_of(options.model)
-    # A traced program is a million small objects that stay; looking for garbage among them over and
-    # over takes a third of the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        return _main(options)
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _main(options: PlanOptions) -> int:
     import jax
 
     # Nothing runs here: no device of this machine is to be found, waited for or held.
