@@ -17,7 +17,7 @@ from pallas_kernels.lightning_attention import gpu_hopper
 
 # ---------------------------------------------------------------- refusals of libtpu
 
-# Of libtpu 0.0.52: a kernel named too_large_blocks that doubles its input, 512 fp32 a row, with
+# Of libtpu 0.0.48.1: a kernel named too_large_blocks that doubles its input, 512 fp32 a row, with
 # blocks of 8192 rows on a v5e, 16384 on a v5p and 65536 on a v5e; then one that has no name.
 SCOPED = (
     "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem "
