@@ -28,7 +28,6 @@ def tokens(rows, length):
     return {"tokens": jax.ShapeDtypeStruct((rows, length), jnp.int32)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_step_lowers_to_the_hopper_kernels(packed, monkeypatch):
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))

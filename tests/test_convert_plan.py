@@ -129,7 +129,6 @@ def test_a_dry_run_writes_nothing_and_names_everything(tmp_path, capsys):
     assert sorted(os.walk(tmp_path)) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to", ["orbax", "hf-released"])
 def test_memory_stays_below_what_was_asked(to, tmp_path):
     """1.1 GB, an embedding of 268 MB among it, within 640 MiB, of which half is the program."""

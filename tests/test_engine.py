@@ -11,7 +11,6 @@ import truth
 from engines import CONFIG, PAGE, PARAMS, Poisoned, make, requests, run_schedule
 from golden_cases import NAMES, golden
 from random_models import random_tokens
-from sweeps import sweep
 from tokenizers import Tokenizer, decoders, models
 
 import mmx
@@ -22,11 +21,8 @@ from mmx.inference.pool import PoolShape, init_pool
 from mmx.inference.requests import Sampling
 from mmx.inference.text import TextStream
 
-# Each compiles an engine of its own.
-QUICK = ("text/p03_left_pad", "text/p08_fused_experts_top1", "released/o2_bf16_4shards_zero_based")
 
-
-@pytest.mark.parametrize("name", sweep(NAMES, QUICK.__contains__))
+@pytest.mark.parametrize("name", NAMES)
 def test_recorded_tokens(name):
     case = golden(name)
     engine = Engine(case.config, case.params, rows=4, max_seq_len=1024, page_size=PAGE)

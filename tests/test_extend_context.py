@@ -63,7 +63,6 @@ def extended(pretrained, extend):
     return extend(pretrained[0] / "long")
 
 
-@pytest.mark.slow
 def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend):
     root, manifest = pretrained
     reports, (said,) = extended
@@ -109,7 +108,6 @@ def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend)
     assert again[1]["short_loss"] == reports[1]["short_loss"]
 
 
-@pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_stop_together(extended, extend, tmp_path):
     """Tokens of every row are split between them, and so are the parameters."""
     folder = tmp_path / "long"

@@ -53,7 +53,6 @@ def gone(process):
     ]
 
 
-@pytest.mark.slow
 def test_four_processes_killed_and_two_that_go_on_train_as_one(corpus, alone, group, tmp_path):
     folder = tmp_path / "run"
     # SIGKILL to one of four ends the others.

@@ -133,7 +133,6 @@ def _loss_and_gradients(params, config, remat):
     return total, grads
 
 
-@pytest.mark.slow
 def test_remat_and_scan_change_neither_loss_nor_gradients(monkeypatch):
     config = small_config("lsls", num_heads=3, num_kv_heads=1)
     params = random_params(config, 1)

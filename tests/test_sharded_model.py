@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from random_models import random_params, random_tokens, small_config
 from sharded import ROWS, collectives
-from sweeps import sweep
 
 from mmx.model import param_specs, unembed
 from mmx.training import losses
@@ -114,11 +113,7 @@ def check_what_is_sent(text, partition):
     assert ring == ({(rows, 64 // split, kv_heads, 8)} if split > 2 else set()), "the ring"
 
 
-# Each compiles the gradient for eight devices; these have every axis and the longest ways of each.
-QUICK_CASES = ("tensor 4, data 2", "expert 2, width 2, seq 2", "seq over two axes")
-
-
-@pytest.mark.parametrize("name", sweep(CASES, QUICK_CASES.__contains__))
+@pytest.mark.parametrize("name", CASES)
 def test_logits_loss_and_gradients_are_those_of_one_device(name):
     ours, sizes, options = CASES[name]
     params = spread(partition := partition_of(ours, sizes))

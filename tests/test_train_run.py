@@ -79,7 +79,6 @@ def test_a_killed_run_repeats_the_lost_steps_bit_for_bit(corpus, whole, run_chil
     assert train_runs.digest(tmp_path, STEPS) == train_runs.digest(whole[0], STEPS)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_on_other_numbers_of_devices(whole, run_child, tmp_path):
     for steps, devices in ((3, 8), (6, 1), (STEPS, 4)):
         assert run_child(tmp_path, steps, devices=devices) == 0
