@@ -202,7 +202,6 @@ def test_initial_parameters_have_the_declared_spread():
             assert abs(values.std() / wanted - 1) < 5 / np.sqrt(2 * values.size), name
 
 
-@pytest.mark.slow
 def test_bf16_stays_close_to_fp32():
     alpha = 3.5565588200778455  # Text-01's
     config = small_config(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_models import random_params, random_tokens, small_config
+from sweeps import sweep
 
 import mmx
 from mmx.planning.exhausted import MemoryExhausted, explained, of_engine
@@ -49,10 +50,7 @@ def quick(name):
     return plans.quick(name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in plans.EXAMPLES],
-)
+@pytest.mark.parametrize("name", sweep(plans.EXAMPLES, lambda name: name not in SLOW))
 def test_the_quick_plans_are_those_of_the_document(name):
     """2 %: figures are rounded to three digits, and other code may keep a little more or less."""
     plan = quick(name)
