@@ -21,7 +21,9 @@ from mmx.training.state import abstract_state, init_state
 from mmx.training.step import StepOptions, make_train_step
 from sharding import MeshConfig, rules
 
-RATE = LearningRate((constant(1, 1e-4),))
+# So low that routers stay as they were drawn: one batch again and again would teach them to send
+# all tokens to few experts, and then one of two devices has most of the work.
+RATE = LearningRate((constant(1, 1e-9),))
 
 
 def queued_ms(run: Callable[[], Any], seconds: float) -> float:
@@ -31,6 +33,7 @@ def queued_ms(run: Callable[[], Any], seconds: float) -> float:
         calls = calls or max(2, min(50, round(seconds * 1e3 / 3 / times[1])))
         start = time.perf_counter()
         for _ in range(calls):
+            result = None  # or it would cut the room for what the next call makes in two
             result = run()
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) * 1e3 / calls)
@@ -63,6 +66,7 @@ def train(emit: Emit, setting: Setting, name: str) -> None:
     held: list[Any] = [init_state(config, options.optimizer, 0, shardings=shardings), None]
 
     def run() -> Any:
+        held[1] = None
         held[0], held[1] = step(held[0], batch, np.int32(1))
         return held[1]
 
@@ -78,7 +82,7 @@ def train(emit: Emit, setting: Setting, name: str) -> None:
          moment=setting.moment, ms=ms, tokens_per_s=speed, **about, loss=loss,
          router_load=float(np.max(held[1]["router_load"])), compile_s=compile_s)  # fmt: skip
     emit(memory=name, compiled_GB=compiled_GB(step), **measured_GB(devices))
-    if setting.trace and name == "fsdp":
+    if setting.trace and name in ("fsdp", "expert"):
         trace(emit, setting, name, run)
 
 

@@ -19,8 +19,8 @@ attention, `out` is forward with its output alone, `forward` with the final stat
 layer in training reports. `error` is the relative difference of two devices' results from one's, or
 of the first loss, the second device's rows being those of the first. `peak` has bytes of one device
 as planned, as compiled and as the runtime saw them, and the FLOPs planned over the count of
-`mmx.training.flops`. `--trace DIR` profiles a step of fsdp and a pass of lasp, keeps that there and
-reads it.
+`mmx.training.flops`. `--trace DIR` profiles a step of fsdp, one of expert and a pass of lasp, keeps
+that there and reads it.
 """
 
 import argparse

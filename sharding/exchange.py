@@ -13,6 +13,11 @@ from jaxtyping import Array, Float, Int
 
 Exchange = Literal["ragged", "padded"]
 
+# For programs with an exchange. Within a host XLA would copy the rows by a kernel of its own, which
+# on two H200 took 6.6 ms for 134 MB where NCCL takes under half a millisecond. Other backends than
+# GPUs take no notice.
+COMPILER_OPTIONS = {"xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel": False}
+
 
 class Lanes(NamedTuple):
     """Rows on one device by slices, those of device 0 first: n devices with n_s slices each.

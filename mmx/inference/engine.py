@@ -1,10 +1,10 @@
 """Continuous batching: many requests, two compiled programs, no request that sees another.
 
-Each `step` sends off one chunk of one prompt and some decode steps of all running rows, and then
-looks at what the step before has given, so that the device need not wait for the host. Requests
-come in the order they were submitted, as far as rows and pages last. When pages run out, kept
-prefixes go first; then the youngest row is moved to the host with its state, bit for bit, and comes
-back before anybody new.
+Each `step` sends off a chunk of a prompt, or those of several short ones, and some decode steps of
+all running rows, and then looks at what the step before has given, so that the device need not wait
+for the host. Requests come in the order they were submitted, as far as rows and pages last. When
+pages run out, kept prefixes go first; then the youngest row is moved to the host with its state, bit
+for bit, and comes back before anybody new.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Engine:
         sequence of `max_seq_len` tokens or `rows` of 4096, whichever is more.
       max_seq_len: longest sequence, prompt and output; the config's when None.
       page_size: tokens a page.
-      chunk: tokens of a prompt that are read at once, a power of two of at least 256.
+      chunk: tokens of prompts that a step reads, a power of two of at least 256.
       decode_steps: steps of a dispatch; more cost less a token and make newcomers wait longer.
       kv_dtype: of keys and values; that of the embedding when None. bf16 or float8_e4m3fn take less
         memory; in fp8 a key or value is off by at most 1/16 of itself.
@@ -176,9 +176,10 @@ class Engine:
 
     def _step(self) -> list[Event]:
         self._let_in()
-        reading = next((r for r in self._at_work if r.state == "reading"), None)
-        if reading is not None:
-            self._read(reading)
+        left = self.chunk
+        for request in self._at_work:
+            while left > 0 and request.state == "reading":
+                left -= self._read(request)
         # The device works on what was just sent off while the host looks at the rest.
         self._look(leave=1 if self._decode() else 0)
         events, self._events = self._events, []
@@ -344,8 +345,11 @@ class Engine:
 
     # ------------------------------------------------------------ the programs
 
-    def _read(self, request: Live) -> None:
-        """Send off the next chunk of a prompt; with the last one, the choice of a first token."""
+    def _read(self, request: Live) -> int:
+        """Send off the next chunk of a prompt; with the last one, the choice of a first token.
+
+        Returns the tokens of that chunk, padding included.
+        """
         left = request.prompt.size - request.read
         size = chunk_size(left, self.chunk)
         count = min(size, left)
@@ -358,13 +362,14 @@ class Engine:
         request.read += count
         self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
         if request.read < request.prompt.size:
-            return
+            return size
         row = new_row(request.prompt, request.sampling, self.config, self.row_pages)
         row, chosen = choose_first(row, logits)
         self.rows = set_row(self.rows, request.row, row)
         self.rows = set_pages(self.rows, request.row, self._page_row(request))
         request.state, request.issued = "running", 1
         self._under_way.append(([(request, 0)], chosen))
+        return size
 
     def _decode(self) -> bool:
         """Send off the next steps of all rows that decode; False where there are none."""
