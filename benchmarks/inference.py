@@ -8,8 +8,8 @@
     prefill   tokens/s of a prompt in chunks
     first     time to the first token of prompts of 1K to 4M tokens, here and of the twin; beyond
               `prompt` it is summed up from chunks timed on the way, which says 'summed'
-    engine    requests through `mmx.Engine`: tokens/s, and the first token of a prompt that hits a
-              kept prefix beside one that does not
+    engine    requests through `mmx.Engine`, as many as there are rows, all at once: tokens/s
+    prefix    the first token of a prompt that hits a kept prefix beside one that does not
     int8      'decode' with int8 weights
     twin      'decode' of a model of the same size whose layers are all softmax
     slice     one superblock of Text-01 at full width: decode and prefill at 1M and 4M tokens
@@ -66,7 +66,7 @@ class Setting:
       decode: (rows, tokens of context) of 'decode', 'int8' and 'twin'.
       slice_contexts: of 'slice', one row.
       prompts: lengths of 'first', rising.
-      prompt: tokens of 'prefill', 'engine' and 'peer'; chunk: read at once.
+      prompt: tokens of 'prefill' and 'prefix'; chunk: read at once.
       new: tokens to generate; steps: of a dispatch.
       repeats: dispatches timed.
       copied, matmul: numbers of the copy and side of the product of 'ceilings'.
@@ -243,28 +243,31 @@ def engine_part(emit: Emit, setting: Setting) -> None:
     """As a user would: through the engine, with the host's work in between."""
     config = setting.config
     params = random_params(config)
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, setting.prompt).tolist()
-    longest = setting.prompt + 2 * PAGE + setting.new
-    for rows in (1, 16, 64):
-        engine = Engine(config, params, rows=rows, max_seq_len=longest, chunk=setting.chunk,
-                        pages=2 * (setting.prompt // PAGE + 4) + 8 * rows,
-                        decode_steps=setting.steps)  # fmt: skip
-        short = [prompt[i : i + PAGE] for i in range(rows)]
-        options = Sampling(max_new_tokens=setting.new, ignore_eos=True)
-        engine.generate(short, options)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 64 + PAGE).tolist()
+    options = Sampling(max_new_tokens=setting.new, ignore_eos=True)
+    for rows in (64, 16, 1):
+        pages = rows * (-(-setting.new // PAGE) + 2)
+        engine = Engine(config, params, rows=rows, max_seq_len=2 * PAGE + setting.new, pages=pages,
+                        chunk=setting.chunk, decode_steps=setting.steps)  # fmt: skip
+        prompts = [tokens[i : i + PAGE] for i in range(rows)]
+        engine.generate(prompts, options)
         start = time.perf_counter()
-        engine.generate([ids[::-1] for ids in short], options)
+        engine.generate([prompt[::-1] for prompt in prompts], options)
         seconds = time.perf_counter() - start
         emit(part="engine", rows=rows, prompt=PAGE, new=setting.new,
              tokens_per_s=rows * setting.new / seconds)  # fmt: skip
-        if rows > 1:
-            continue
-        first = [first_token(engine, [*prompt, 1]), first_token(engine, [*prompt, 2])]
-        # Compiled by now; another prompt, then a second one that begins with it.
-        other = prompt[::-1]
-        first = [first_token(engine, [*other, i]) for i in range(2)]
-        emit(part="prefix", prompt=len(other), miss_ms=1e3 * first[0], hit_ms=1e3 * first[1],
-             times=first[0] / first[1], hits=engine.snapshots.hits)  # fmt: skip
+
+
+def prefix_part(emit: Emit, setting: Setting) -> None:
+    """Time to the first token of a prompt that begins like the one before it."""
+    config = setting.config
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, setting.prompt).tolist()
+    engine = Engine(config, random_params(config), rows=1, max_seq_len=setting.prompt + PAGE,
+                    pages=2 * (setting.prompt // PAGE + 2), chunk=setting.chunk)  # fmt: skip
+    for prompt in (tokens, tokens[::-1]):  # of the first, programs are compiled
+        miss, hit = (first_token(engine, [*prompt, i]) for i in range(2))
+    emit(part="prefix", prompt=setting.prompt, miss_ms=1e3 * miss, hit_ms=1e3 * hit,
+         times=miss / hit, hits=engine.snapshots.hits)  # fmt: skip
 
 
 def first_token(engine: Engine, prompt: list[int]) -> float:
@@ -302,6 +305,7 @@ PARTS = {
     "prefill": prefill_part,
     "first": first_part,
     "engine": engine_part,
+    "prefix": prefix_part,
     "int8": int8_part,
     "twin": twin,
     "slice": slice_part,

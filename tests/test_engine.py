@@ -183,6 +183,19 @@ def test_chunks_rows_and_pages_change_no_bit():
         np.testing.assert_array_equal(other, whole, err_msg=name)
 
 
+def test_a_step_reads_a_chunk_or_as_many_short_prompts():
+    """Of 32 tokens once padded; a long prompt is read a chunk a step, and those behind it wait."""
+    engine = make(chunk=256, pages=64, max_seq_len=600)
+    lengths = (600 - 8, 20, 20, 20)
+    numbers = [engine.submit([1] * length, Sampling(max_new_tokens=8)) for length in lengths]
+    seen = []
+    for _ in range(4):
+        engine.step()
+        read = {request.number: request.read for request in engine._at_work}
+        seen.append([read.get(number) for number in numbers])
+    assert seen[:3] == [[256, 0, 0, 0], [512, 0, 0, 0], [592, 20, 20, 20]]
+
+
 def test_padding_changes_no_more_than_rounding():
     """XLA's products on CPU round differently for 32 and for 64 rows, padding or not: 1e-6 of 3."""
     prompt = random_tokens(CONFIG, (1, 284), 3)[0]

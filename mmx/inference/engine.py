@@ -2,9 +2,9 @@
 
 Each `step` sends off a chunk of a prompt, or those of several short ones, and some decode steps of
 all running rows, and then looks at what the step before has given, so that the device need not wait
-for the host. Requests come in the order they were submitted, as far as rows and pages last. When
-pages run out, kept prefixes go first; then the youngest row is moved to the host with its state, bit
-for bit, and comes back before anybody new.
+for the host. Requests come in the order they were submitted, as far as rows and pages last. Short
+of pages, kept prefixes go first; then the youngest row is moved to the host with its state, bit for
+bit, and comes back before anybody new.
 """
 
 import itertools
@@ -346,10 +346,7 @@ class Engine:
     # ------------------------------------------------------------ the programs
 
     def _read(self, request: Live) -> int:
-        """Send off the next chunk of a prompt; with the last one, the choice of a first token.
-
-        Returns the tokens of that chunk, padding included.
-        """
+        """Send off the next chunk of a prompt, and after the last the first choice; its tokens."""
         left = request.prompt.size - request.read
         size = chunk_size(left, self.chunk)
         count = min(size, left)
