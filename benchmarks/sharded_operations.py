@@ -17,7 +17,7 @@ from benchmarks.sharded_setting import DEVICES, MESHES, Setting, partition_over,
 from benchmarks.train_memory import GIGA, compiled_GB, device_limit
 from mmx.config import decay_slopes
 from mmx.nn.functional import project_groups, swiglu
-from sharding import COMPILER_OPTIONS, MeshConfig, Partition, rules
+from sharding import MeshConfig, Partition, rules
 from sharding.attention import lightning_attention, softmax_attention
 from sharding.experts import mixture
 
@@ -247,8 +247,7 @@ def moe(emit: Emit, setting: Setting) -> None:
         place = row_sharding(where, ("batch", "seq", None), wide)
         x, grad = (fill(wide, 10 + i, place, std=1.0) for i in range(2))
         routing = put(np.full(shape, 0.5, np.float32)), put(chosen), put(np.ones(shape[:2], bool))
-        program = jax.jit(both, compiler_options=COMPILER_OPTIONS)
-        return milliseconds(program, params, x, grad, *routing)
+        return milliseconds(jax.jit(both), params, x, grad, *routing)
 
     one = timed(None, None)
     for exchange in (None, "padded"):

@@ -13,7 +13,6 @@ from sharding import paged as paged
 from sharding import ring as ring
 from sharding import rules as rules
 from sharding import vocabulary as vocabulary
-from sharding.exchange import COMPILER_OPTIONS as COMPILER_OPTIONS
 from sharding.mesh import MeshConfig as MeshConfig
 from sharding.mesh import axis_sizes as axis_sizes
 from sharding.mesh import make_mesh as make_mesh

@@ -14,8 +14,8 @@ from random_models import random_params, small_config
 from mmx.model import _modules
 from mmx.nn import functional, layers
 from pallas_kernels import grouped_matmul
+from sharding import exchange, rules
 from sharding import experts as parallel
-from sharding import rules
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.partition import Partition
 
@@ -325,9 +325,11 @@ def test_groups_do_not_wait_for_each_other(groups):
     assert sorted(ancestors(body)) == [0] * groups + [1] * groups
 
 
-def test_the_ragged_exchange_moves_the_same_rows(monkeypatch):
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_ragged_exchange_moves_the_same_rows(pieces, monkeypatch):
     """The device primitive simulated, since CPU has none: output and every gradient."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", simulated_ragged_all_to_all)
+    monkeypatch.setattr(exchange, "_pieces", lambda axis_name, lanes: pieces)
     where = partition(rules.EXPERT, fsdp=2, expert=4)
     run = compiled(where, factor=1.0, exchange="ragged")
     inputs = problem()

@@ -23,7 +23,7 @@ from mmx.data import tokenizer as bpe
 from mmx.data.facts import Ids, draw_facts, fact, filler, line_starts, question, scatter
 from mmx.model import Params, backbone, check_tokens, unembed
 from mmx.training.agreement import compile_together
-from sharding import COMPILER_OPTIONS, Partition, constrain
+from sharding import Partition, constrain
 
 
 class Prompt(NamedTuple):
@@ -189,11 +189,7 @@ def needle_accuracy(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "last", "implementation", "partition"),
-    compiler_options=COMPILER_OPTIONS,
-)
+@functools.partial(jax.jit, static_argnames=("config", "last", "implementation", "partition"))
 def _score(
     params: Params,
     tokens: Int[Array, "B T"],

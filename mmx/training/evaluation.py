@@ -22,7 +22,7 @@ from mmx.training.agreement import compile_together
 from mmx.training.losses import loss_parts
 from mmx.training.placement import put_batch
 from mmx.training.step import ComputeDtype, compute_params
-from sharding import COMPILER_OPTIONS, Partition, constrain
+from sharding import Partition, constrain
 
 TEMPERATURE = 0.8  # of samples: greedy text of a young model is one word again and again
 
@@ -72,11 +72,7 @@ class HeldOut:
         return float(total / max(targets, 1))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "dtype", "implementation", "partition"),
-    compiler_options=COMPILER_OPTIONS,
-)
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "implementation", "partition"))
 def _summed_loss(params, batch, *, config, dtype, implementation, partition):
     """(summed cross entropy, targets) of one batch [1, b, T]."""
     _, parts = loss_parts(
@@ -192,10 +188,7 @@ def _continued(
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "dtype", "partition"),
-    donate_argnames="tokens",
-    compiler_options=COMPILER_OPTIONS,
+    jax.jit, static_argnames=("config", "dtype", "partition"), donate_argnames="tokens"
 )
 def _with_next(params, tokens, mask, rows, place, number, *, config, dtype, partition):
     """[R, T] tokens with the one at `place` drawn, the `number`-th that is; and that, [R]."""

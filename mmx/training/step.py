@@ -27,7 +27,7 @@ from mmx.training.optimizer import OptimizerOptions, make_optimizer
 from mmx.training.placement import state_shardings
 from mmx.training.schedule import LearningRate
 from mmx.training.state import WINDOW, TrainState, judge
-from sharding import COMPILER_OPTIONS, Partition
+from sharding import Partition
 
 Batch = Mapping[str, Array | np.ndarray]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -176,12 +176,7 @@ def make_train_step(
             )
 
     out_shardings = None if shardings is None else (shardings, None)
-    program = jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=out_shardings,
-        compiler_options=COMPILER_OPTIONS,
-    )
+    program = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return TrainStep(config, program)
 
 
