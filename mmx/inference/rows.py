@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,21 +135,20 @@ def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pag
     stops[0, : len(ends)] = ends
     seen = np.zeros((1, config.vocab_size), bool)
     seen[0, prompt] = True
-    return jax.tree.map(
-        jnp.asarray,
-        Rows(
-            tokens=prompt[-1:],  # pyright: ignore[reportArgumentType]
-            positions=jnp.array([prompt.size - 1], jnp.int32),
-            active=jnp.ones(1, bool),
-            generated=jnp.zeros(1, jnp.int32),
-            limits=jnp.array([sampling.max_new_tokens], jnp.int32),
-            stop_ids=jnp.asarray(stops),
-            page_table=jnp.zeros((1, row_pages), jnp.int32),
-            sampling=sampling_rows([sampling]),
-            seen=jnp.asarray(seen),
-            wants_top=jnp.asarray([bool(sampling.logprobs)]),
-        ),
+    # Of numpy: arrays of jax would be a transfer each, before the program that takes them all.
+    fields: Any = dict(
+        tokens=prompt[-1:],
+        positions=np.array([prompt.size - 1], np.int32),
+        active=np.ones(1, bool),
+        generated=np.zeros(1, np.int32),
+        limits=np.array([sampling.max_new_tokens], np.int32),
+        stop_ids=stops,
+        page_table=np.zeros((1, row_pages), np.int32),
+        sampling=sampling_rows([sampling]),
+        seen=seen,
+        wants_top=np.array([bool(sampling.logprobs)]),
     )
+    return Rows(**fields)
 
 
 @jax.jit
