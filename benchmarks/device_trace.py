@@ -89,7 +89,9 @@ def read(trace: dict[str, Any], *, top: int = 6) -> list[dict[str, Any]]:
     return rows
 
 
-def record(folder: Path, name: str, run: Callable[[], Any]) -> list[dict[str, Any]]:
+def record(
+    folder: Path, name: str, run: Callable[[], Any], *, top: int = 6
+) -> list[dict[str, Any]]:
     """Profile a call, keep its trace as `folder/name.trace.json.gz`, and read it.
 
     Raises:
@@ -109,4 +111,4 @@ def record(folder: Path, name: str, run: Callable[[], Any]) -> list[dict[str, An
         kept = folder / f"{name}.trace.json.gz"
         shutil.copyfile(files[-1], kept)
     with gzip.open(kept, "rt") as file:
-        return read(json.load(file))
+        return read(json.load(file), top=top)

@@ -13,6 +13,7 @@
     int8      'decode' with int8 weights
     twin      'decode' of a model of the same size whose layers are all softmax
     slice     one superblock of Text-01 at full width: decode and prefill at 1M and 4M tokens
+    share     of a profile of its prefill at 1M: how much of the kernels' time which takes
     peer      transformers' MiniMax: prefill, and generate for 1 and 16 rows
 
 Contexts that would take long to read are filled with random states, keys and values: the time of a
@@ -41,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mmx
-from benchmarks import torch_generate
+from benchmarks import device_trace, torch_generate
 from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
 from benchmarks.random_memory import PAGE, random_params, random_pool, running_rows, step_bytes
 from mmx.config import ModelConfig
@@ -295,6 +296,29 @@ def slice_part(emit: Emit, setting: Setting) -> None:
         time_prefill(emit, setting, config, params, "slice_prefill", start, setting.chunk)
 
 
+def share_part(emit: Emit, setting: Setting) -> None:
+    """Where a chunk's time goes, by the names of kernels; lightning attention's share of all."""
+    config, start = setting.slice_config, setting.slice_contexts[0] // setting.chunk * setting.chunk
+    params = random_params(config)
+    row_pages = -(-(start + setting.chunk) // PAGE)
+    held = [random_pool(config, 1, row_pages)]
+    ids = np.zeros(setting.chunk, np.int32)
+    pages = np.arange(row_pages, dtype=np.int32)
+    numbers = (np.int32(setting.chunk), np.int32(0), pages, np.int32(start))
+
+    def run() -> Any:
+        held[0], logits = prefill(params, held[0], ids, *numbers, config=config)
+        return logits
+
+    with tempfile.TemporaryDirectory() as folder:
+        for device in device_trace.record(Path(folder), "prefill", run, top=100):
+            times = device["largest_ms"]
+            lightning = sum(ms for name, ms in times.items() if "lightning_attention" in name)
+            largest = dict(list(times.items())[:8])
+            emit(part="share", start=start, tokens=setting.chunk, kernels_ms=sum(times.values()),
+                 lightning_share=lightning / sum(times.values()), largest_ms=largest)  # fmt: skip
+
+
 def peer(emit: Emit, setting: Setting) -> None:
     torch_generate.measure(emit, setting.config, prompt=setting.prompt // 8, new=setting.new // 4)
 
@@ -309,6 +333,7 @@ PARTS = {
     "int8": int8_part,
     "twin": twin,
     "slice": slice_part,
+    "share": share_part,
     "peer": peer,
 }
 

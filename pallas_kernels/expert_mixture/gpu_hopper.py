@@ -132,6 +132,7 @@ def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
         ],
         grid=(width // COLUMNS, experts),
         grid_names=("column", "expert"),
+        kernel_name="expert_hidden",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(number, chosen, x, gate, up)

@@ -295,6 +295,7 @@ def _launch(config: Config, body, out_type, slot_shapes, *args, scratch=()):
         grid_names=("cta",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
+        kernel_name="grouped_matmul",
     )
     return kernel(*args)
 

@@ -142,6 +142,7 @@ def run(
         grid_names=("sweep", "batch_head", "segment", "split"),
         num_threads=WARPGROUPS,
         thread_name="role",
+        kernel_name="lightning_attention",
         scratch_types=_scratch(launch),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),

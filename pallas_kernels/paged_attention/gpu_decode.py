@@ -254,6 +254,7 @@ def _attend(shape: _Shape, plan: _Plan, table, limits, q, keys, values):
         ],
         grid=(shape.workers, shape.kv_heads),
         grid_names=("worker", "head"),
+        kernel_name="paged_attention",
         # Rows are reduced within a warp: that takes no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
@@ -492,6 +493,7 @@ def _merge(shape: _Shape, rows: int, row_plan, parts, weights) -> Float[Array, "
         ),
         grid=(blocks, rows, shape.kv_heads, shape.batch),
         grid_names=("block", "m", "head", "row"),
+        kernel_name="paged_attention_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(row_plan, parts, weights)

@@ -140,10 +140,10 @@ def _products(
         staged[...] = product(0, steps, steps)
         store(staged, rows, out.at[part, :, pl.ds(column * COLUMNS, COLUMNS)])
 
-    return _kernel(body, rows, parts, ends[-1] * COLUMNS)(x, *matrices)
+    return _kernel(body, "skinny_matmul", rows, parts, ends[-1] * COLUMNS)(x, *matrices)
 
 
-def _kernel(body: Callable[..., None], rows: int, parts: int, width: int) -> Any:
+def _kernel(body: Callable[..., None], name: str, rows: int, parts: int, width: int) -> Any:
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((parts, rows, width), jnp.float32),
@@ -155,6 +155,7 @@ def _kernel(body: Callable[..., None], rows: int, parts: int, width: int) -> Any
         ],
         grid=(width // COLUMNS, parts),
         grid_names=("column", "part"),
+        kernel_name=name,
     )
 
 
@@ -228,4 +229,5 @@ def weighted_products(
         staged[...] = lax.fori_loop(0, number[0], add, total)
         store(staged, rows, out.at[part, :, columns])
 
-    return _kernel(body, rows, parts, width)(number, chosen, weights, x, matrices)
+    kernel = _kernel(body, "weighted_products", rows, parts, width)
+    return kernel(number, chosen, weights, x, matrices)
