@@ -184,16 +184,16 @@ def test_chunks_rows_and_pages_change_no_bit():
 
 
 def test_a_step_reads_a_chunk_or_as_many_short_prompts():
-    """Of 32 tokens once padded; a long prompt is read a chunk a step, and those behind it wait."""
-    engine = make(chunk=256, pages=64, max_seq_len=600)
-    lengths = (600 - 8, 20, 20, 20)
-    numbers = [engine.submit([1] * length, Sampling(max_new_tokens=8)) for length in lengths]
+    """In order, at most `chunk` tokens; a short prompt counts as 256: its launch is no cheaper."""
+    engine = make(chunk=512, pages=128, max_seq_len=700)
+    lengths = (600, 600, 20, 20)
+    numbers = [engine.submit([1] * length, Sampling(max_new_tokens=64)) for length in lengths]
     seen = []
     for _ in range(4):
         engine.step()
         read = {request.number: request.read for request in engine._at_work}
-        seen.append([read.get(number) for number in numbers])
-    assert seen[:3] == [[256, 0, 0, 0], [512, 0, 0, 0], [592, 20, 20, 20]]
+        seen.append([read[number] for number in numbers])
+    assert seen == [[512, 0, 0, 0], [600, 0, 0, 0], [600, 512, 0, 0], [600, 600, 20, 0]]
 
 
 def test_padding_changes_no_more_than_rounding():

@@ -20,7 +20,7 @@ from mmx.nn.block import Execution
 from mmx.nn.memory import Pages
 from mmx.nn.sequence import Sequence
 from pallas_kernels import lightning_decode_step, platform
-from pallas_kernels.lightning_attention import gpu_decode
+from pallas_kernels.lightning_attention import gpu_decode, xla
 from pallas_kernels.paged_attention import gpu_decode as paged_decode
 
 # The interpreter multiplies with numpy, which says so when an operand is NaN; here some are.
@@ -91,6 +91,26 @@ def test_bf16_and_one_layer(interpreted):
     assert (out.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)
     check_close(after, wanted, FP32, "state", axis=1)
     check_close(out, wanted_out, 2.5e-3, "output")  # rounded once, by 2^-9 at most
+
+
+def test_gradients_are_those_of_the_recurrence(interpreted):
+    """Against jax's own derivative of the XLA form, of all that has one."""
+    *arrays, states = case(2, 2, 64, 64, 2, jnp.float32)
+    rest = jnp.asarray([True, False]), jnp.asarray([True, True])
+    rng = np.random.default_rng(1)
+    weights = [jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for x in (arrays[2], states)]
+
+    def grads(step):
+        def total(*arrays):
+            results = step(*arrays, jnp.int32(1), *rest)
+            return sum(jnp.sum(w * r) for w, r in zip(weights, results, strict=True))
+
+        return jax.grad(total, argnums=range(5))(*arrays, states)
+
+    both = grads(gpu_decode.lightning_decode_step), grads(xla.lightning_decode_step)
+    for seen, wanted in zip(*both, strict=True):
+        np.testing.assert_array_equal(seen, wanted)
+        assert np.any(np.asarray(seen) != 0)
 
 
 def test_kernel_updates_in_place_and_lowers_for_cuda():

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from mmx.config import ModelConfig
-from mmx.inference.decoding import chunk_size, decode, place, prefill
+from mmx.inference.decoding import PADDED, chunk_size, decode, place, prefill
 from mmx.inference.live import Live
 from mmx.inference.page_store import PageStore
 from mmx.inference.pool import Pool, init_pool, put_back, take_out, with_pages
@@ -50,7 +50,7 @@ class Engine:
         sequence of `max_seq_len` tokens or `rows` of 4096, whichever is more.
       max_seq_len: longest sequence, prompt and output; the config's when None.
       page_size: tokens a page.
-      chunk: tokens of prompts that a step reads, a power of two of at least 256.
+      chunk: tokens of prompts that a step reads at most, a power of two of at least 256.
       decode_steps: steps of a dispatch; more cost less a token and make newcomers wait longer.
       kv_dtype: of keys and values; that of the embedding when None. bf16 or float8_e4m3fn take less
         memory; in fp8 a key or value is off by at most 1/16 of itself.
@@ -179,7 +179,10 @@ class Engine:
         left = self.chunk
         for request in self._at_work:
             while left > 0 and request.state == "reading":
-                left -= self._read(request)
+                size = chunk_size(request.prompt.size - request.read, self.chunk)
+                if size <= left:  # else it waits, and those behind it
+                    self._read(request, size)
+                left -= max(size, PADDED[-1])  # the weights are read for a short one as well
         # The device works on what was just sent off while the host looks at the rest.
         self._look(leave=1 if self._decode() else 0)
         events, self._events = self._events, []
@@ -345,11 +348,9 @@ class Engine:
 
     # ------------------------------------------------------------ the programs
 
-    def _read(self, request: Live) -> int:
-        """Send off the next chunk of a prompt, and after the last the first choice; its tokens."""
-        left = request.prompt.size - request.read
-        size = chunk_size(left, self.chunk)
-        count = min(size, left)
+    def _read(self, request: Live, size: int) -> None:
+        """Send off the next chunk of a prompt; with the last one, the choice of a first token."""
+        count = min(size, request.prompt.size - request.read)
         tokens = np.zeros(size, np.int32)
         tokens[:count] = request.prompt[request.read : request.read + count]
         self.pool, logits = prefill(
@@ -359,14 +360,13 @@ class Engine:
         request.read += count
         self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
         if request.read < request.prompt.size:
-            return size
+            return
         row = new_row(request.prompt, request.sampling, self.config, self.row_pages)
         row, chosen = choose_first(row, logits)
         self.rows = set_row(self.rows, request.row, row)
         self.rows = set_pages(self.rows, request.row, self._page_row(request))
         request.state, request.issued = "running", 1
         self._under_way.append(([(request, 0)], chosen))
-        return size
 
     def _decode(self) -> bool:
         """Send off the next steps of all rows that decode; False where there are none."""

@@ -29,9 +29,10 @@ def expert_mixture(
         out[n] = sum_e weights[n, e] (silu(x[n] gate[e]) * (x[n] up[e])) down[e]
 
     For decoding, where time is what reading the matrices takes. A weight of 0 is an expert that the
-    token did not choose: it adds nothing, not even a NaN. So a token's result does not depend on
-    the other tokens. Products accumulate in fp32, and so do the sums; what goes into the last
-    product is rounded once to the dtype of `x`. Gradients are those of the XLA form.
+    token did not choose: it adds nothing, not even a NaN, and has no gradient. So a token's result
+    does not depend on the other tokens. Products accumulate in fp32, and so do the sums; what goes
+    into the last product is rounded once to the dtype of `x`. Gradients are those of the XLA form,
+    where a NaN in a matrix nobody chose does reach the tokens.
 
     Args:
       x: bf16 or fp32 tokens.

@@ -114,8 +114,8 @@ def lightning_decode_step(
       layer: which one, in the second case and only then.
       real: rows that have a token; the others keep every bit of their state and give 0. None: all.
       continues: rows that carry on their state; the others begin at zero. None: all.
-      implementation: 'pallas_gpu' (Hopper, no gradient), 'xla', or None for the first that takes
-        these arguments.
+      implementation: 'pallas_gpu' (Hopper), 'xla', or None: 'pallas_gpu' for a layer among several
+        where it takes these arguments.
 
     Returns:
       The output in the dtype of `v`, and the new state, or states, in fp32.
@@ -139,6 +139,8 @@ def lightning_decode_step(
     for what, rows in (("real", real), ("continues", continues)):
         dispatch.require_shape(name, what, rows, q.shape[:1])
     states = state[None] if layer is None else state
+    if layer is None and implementation is None:
+        implementation = "xla"  # of one layer alone it makes one pass, too, and a faster one
     arrays = (
         q,
         k,
