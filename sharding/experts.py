@@ -63,6 +63,7 @@ def mixture(
     num_experts: int,
     partition: Partition | None,
     capacity_factor: float | None = None,
+    recompute: bool = False,
     exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T k"] | None]:
     """sum_k weights_k expert_k(token), experts and tokens spread as the partition says.
@@ -98,6 +99,7 @@ def mixture(
         num_experts=num_experts,
         capacity_factor=capacity_factor,
         groups=1 if partition is None else partition.expert_groups,
+        recompute=recompute,
         exchange=exchange,
     )
     arrays = tokens, weights, experts, is_token, params
@@ -165,6 +167,7 @@ def _shard(
     num_experts,
     capacity_factor,
     groups,
+    recompute,
     exchange,
     split: _Split,
     gather: Callable[[Any], Any],
@@ -195,7 +198,9 @@ def _shard(
     flat_kept = None if kept is None else kept.reshape(-1, per_token)
     form: Any = local
     if split.experts in (*split.batch, *split.seq):
-        form = functools.partial(exchanged, capacity=capacity, groups=groups, exchange=exchange)
+        form = functools.partial(
+            exchanged, capacity=capacity, groups=groups, recompute=recompute, exchange=exchange
+        )
     out = form(
         flat_tokens,
         flat_weights,
@@ -265,6 +270,7 @@ def exchanged(
     capacity: int | None = None,
     tensor_axes: tuple[str, ...] = (),
     groups: int = 1,
+    recompute: bool = False,
     exchange: Exchange | None = None,
 ) -> Float[Array, "N D"]:
     """Mix the experts of this device's own tokens by an all-to-all there and one back.
@@ -312,22 +318,39 @@ def exchanged(
     form: Exchange = "padded" if platform.target() == "cpu" else "ragged"
     way = Way(axis_name, exchange or form, block, rows=received, rows_back=size * per_token)
 
-    outs = []
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        order, place = _sorted(flat[group])
-        there, back, group_sizes = expert_lanes(counts[:, group], jax.lax.axis_index(axis_name))
+    device = jax.lax.axis_index(axis_name)
+
+    def mix(part):
+        tokens, weights, flat, counts = part
+        order, place = _sorted(flat)
+        there, back, group_sizes = expert_lanes(counts, device)
         with jax.named_scope("dispatch"):
-            rows: Any = _dispatch(per_token, tokens[part], order, place)
+            rows: Any = _dispatch(per_token, tokens, order, place)
             rows = move(way, rows, there, back)
         rows = compute(rows, group_sizes)
         with jax.named_scope("combine"):
             rows = move(way.reverse(), rows, back, there)
             rows = _combine(rows, order, place)
-            outs.append(_weighted_sum(rows.reshape(size, per_token, -1), weights[part]))
-    out = jnp.concatenate(outs) if groups > 1 else outs[0]
+            return _weighted_sum(rows.reshape(size, per_token, -1), weights)
+
+    parts = (
+        tokens.reshape(groups, size, -1),
+        weights.reshape(groups, size, per_token),
+        flat,
+        jnp.swapaxes(counts, 0, 1),
+    )
+    out = _in_turn(mix, parts, recompute=recompute).reshape(tokens.shape)
     # After the sum over k, of which there are fewer rows than of choices.
     return jax.lax.psum(out, tensor_axes) if tensor_axes else out
+
+
+def _in_turn(mix: Callable[[Any], jax.Array], parts: Any, *, recompute: bool) -> jax.Array:
+    """`mix` of each part, stacked; `parts` have them along their first axis."""
+    if len(parts[0]) == 1:
+        return mix(jax.tree.map(lambda array: array[0], parts))
+    if recompute:
+        mix = jax.checkpoint(mix, prevent_cse=False)
+    return jax.lax.scan(lambda _, part: (None, mix(part)), None, parts)[1]
 
 
 def _sorted(flat: Int[Array, "M"]) -> tuple[Int[Array, "M"], Int[Array, "M"]]:

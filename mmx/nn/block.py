@@ -105,6 +105,7 @@ class Layer(nnx.Module):
                 keep_logits=execution.keep_hidden,
                 capacity_factor=execution.capacity_factor,
                 statistics=execution.statistics,
+                recompute=execution.remat_layers,
                 **how,
             )
         state_mean_square = None

@@ -92,6 +92,7 @@ class MoE(nnx.Module):
         implementation: str | None,
         capacity_factor: float | None = None,
         statistics: bool = False,
+        recompute: bool = False,
         partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Mix the experts of each token.
@@ -103,6 +104,7 @@ class MoE(nnx.Module):
           implementation: of the grouped matmul.
           capacity_factor: see `sharding.capacity.within_capacity`; None drops nothing.
           statistics: also fill in `entropy_sum` and `num_dropped`.
+          recompute: whether the layer is recomputed; see `sharding.experts.mixture`.
           partition: of tokens and experts; None for one device.
 
         Returns:
@@ -112,7 +114,7 @@ class MoE(nnx.Module):
             weights, experts, probabilities, logits = self.router(x, partition=partition)
         with jax.named_scope("experts"):
             out, kept = self._experts(
-                x, weights, experts, real, implementation, capacity_factor, partition
+                x, weights, experts, real, implementation, capacity_factor, recompute, partition
             )
         if self.has_shared_expert:
             with jax.named_scope("shared_expert"):
@@ -135,7 +137,9 @@ class MoE(nnx.Module):
         )
         return out.astype(x.dtype), stats
 
-    def _experts(self, x, weights, experts, real, implementation, capacity_factor, partition):
+    def _experts(
+        self, x, weights, experts, real, implementation, capacity_factor, recompute, partition
+    ):
         """Three grouped products over the tokens sorted by expert, added up in fp32."""
 
         def compute(params, rows, group_sizes):
@@ -159,6 +163,7 @@ class MoE(nnx.Module):
             num_experts=self.router.kernel.shape[1],
             partition=partition,
             capacity_factor=capacity_factor,
+            recompute=recompute,
         )
 
 
