@@ -31,7 +31,8 @@ class Compiled:
 
     Attributes:
       seconds: that it took.
-      arguments, outputs, shared, temporary: `shared` are outputs in the place of arguments.
+      arguments, outputs, shared: `shared` are outputs in the place of arguments.
+      temporary: of the peak beside these.
       code: of the program itself.
       messages: of the compiled program, loops multiplied.
       failure: why there is none of this, when it did not compile for want of memory.
@@ -78,12 +79,16 @@ def compile_request(ask: Request) -> Compiled:
         )
     seconds = time.perf_counter() - began
     stats: Any = compiled.memory_analysis()
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    shared = stats.alias_size_in_bytes
     return Compiled(
         seconds,
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        shared=stats.alias_size_in_bytes,
-        temporary=stats.temp_size_in_bytes,
+        arguments=arguments,
+        outputs=outputs,
+        shared=shared,
+        # Not temp_size_in_bytes: where a loop is, that has arguments among it again. The sum of all
+        # allocations is what libtpu itself compares with the memory of a device.
+        temporary=stats.total_allocation_bytes - arguments - outputs + shared,
         code=stats.generated_code_size_in_bytes,
         messages=tuple(hlo.collectives(str(compiled.as_text()), ask.mesh)),
     )
