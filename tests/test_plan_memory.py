@@ -128,8 +128,19 @@ def test_what_is_cast_wider_is_no_array_of_its_own():
         return jax.lax.scan(turn, x @ x.T, None, length=2)[0]
 
     narrow = X.astype(jnp.bfloat16)
-    # Inside: a product, and the sum that is carried on.
-    assert peak(program, narrow) == pytest.approx(2 * KB, abs=16)
+    # Inside a product, which is added to what is carried in its place.
+    assert peak(program, narrow) == pytest.approx(1.5 * KB, abs=16)
+
+
+def test_a_sum_over_the_turns_of_a_loop_is_there_once():
+    def program(x):
+        add = lambda total, _: (total + x @ x, None)  # noqa: E731
+        return jax.lax.scan(add, jnp.zeros((16, 16)), None, length=3)[0]
+
+    # The sum and a product; that it is made of a product again needs one more.
+    assert peak(program, X) == 2 * KB
+    again = lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=3)[0]  # noqa: E731
+    assert peak(again, X) == 2 * KB
 
 
 def test_what_a_loop_changes_in_place_is_there_once():

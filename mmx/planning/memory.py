@@ -15,7 +15,15 @@ from jax.extend.core import Jaxpr, Literal
 
 from mmx.planning.equations import inner_jaxprs, size_of
 from mmx.planning.programs import Program
-from mmx.planning.steps import WHOLE, Step, Widened, carried_by, same_shape, steps_of
+from mmx.planning.steps import (
+    WHOLE,
+    Step,
+    Widened,
+    carried_by,
+    carried_inside,
+    same_shape,
+    steps_of,
+)
 from mmx.planning.walk import layer_of
 
 Size = Callable[[Any], float]
@@ -60,9 +68,9 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
                 for inner, outer in zip(body.invars, eqn.invars, strict=True)
                 if not isinstance(outer, Literal) and outer in widened
             }
-            most = max(most, head + _peak_of(body, size_of, {}, given))
+            most = max(most, head + _peak_of(body, size_of, {}, given, {}))
             results = _results(eqn, inside)
-            for number, dtype in steps_of(body, given).widened_ends.items():
+            for number, dtype in steps_of(body, given, {}).widened_ends.items():
                 widened[eqn.outvars[number]] = dtype
                 results[number] *= dtype.itemsize / eqn.outvars[number].aval.dtype.itemsize
             head += sum(results)
@@ -177,12 +185,14 @@ def _device_size(program: Program) -> Size:
 
 def _peak(jaxpr: Jaxpr, size: Size) -> float:
     """The most bytes at once of what a jaxpr makes, its arguments not counted."""
-    return _peak_of(jaxpr, size, {}, {})
+    return _peak_of(jaxpr, size, {}, {}, {})
 
 
-def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[Any, float], widened: Widened) -> float:
+def _peak_of(
+    jaxpr: Jaxpr, size: Size, known: dict[Any, float], widened: Widened, carried: dict[Any, Any]
+) -> float:
     """`_peak`; `known` has those of bodies met before, by identity and what is widened."""
-    steps, ends, _ = steps_of(jaxpr, widened)
+    steps, ends, _ = steps_of(jaxpr, widened, carried)
     sizes = {
         value: bytes_
         for step in steps
@@ -201,7 +211,8 @@ def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[Any, float], widened: Widened
             key = id(body), step.widened
             if key not in known:
                 given = {body.invars[place]: dtype for place, dtype in step.widened}
-                known[key] = _peak_of(body, _inside(step.eqn, size), known, given)
+                kept = carried_inside(step.eqn, body)
+                known[key] = _peak_of(body, _inside(step.eqn, size), known, given, kept)
             inner = max(inner, known[key])
         before = now
         for value in step.makes:

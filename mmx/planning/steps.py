@@ -60,7 +60,7 @@ class Written(NamedTuple):
     widened_ends: dict[int, Any]
 
 
-def steps_of(jaxpr: Jaxpr, widened: Widened) -> Written:
+def steps_of(jaxpr: Jaxpr, widened: Widened, carried: Mapping[Any, Any]) -> Written:
     """The equations of a jaxpr in its order, and the values it returns.
 
     What is called is written out in place of the call, as XLA has it: else a function of a few
@@ -68,6 +68,12 @@ def steps_of(jaxpr: Jaxpr, widened: Widened) -> Written:
     give arrays where it is fused with who calls it. A view is the value that it is a view of; what
     is changed in place, as a loop changes what it carries, is the value that it was. So is what is
     made wider, and what is made as narrow again as it was: XLA casts where it reads.
+
+    Args:
+      jaxpr: a program or a body.
+      widened: see `Widened`.
+      carried: results of a loop's body with the arguments whose place they take: what is made of
+        such an argument element by element is made in its place.
     """
     steps: list[Step] = []
     numbers = itertools.count()
@@ -98,13 +104,18 @@ def steps_of(jaxpr: Jaxpr, widened: Widened) -> Written:
                 continue
             first = given[0] if given else None
             view = first is not None and (_is_view(eqn) or _is_free_cast(eqn, first, narrow))
-            if view or name in _IN_PLACE:
+            place = values.get(carried.get(eqn.outvars[0])) if len(eqn.outvars) == 1 else None
+            inside_it = place is not None and place in given and name not in WHOLE
+            if inside_it:
+                bind(eqn.outvars, [place])
+            elif view or name in _IN_PLACE:
                 bind(eqn.outvars, given[:1])
             elif name in ("scan", "while"):
                 bind(eqn.outvars, [one if one in made else None for one in given[carried_by(eqn)]])
             if not view:
                 reads = tuple(one for one in given if one is not None)
-                makes = () if name in _IN_PLACE and reads else tuple(map(value, eqn.outvars))
+                changes = inside_it or (name in _IN_PLACE and reads)
+                makes = () if changes else tuple(map(value, eqn.outvars))
                 steps.append(Step(eqn, reads, makes, tuple(_wider(eqn, given, narrow))))
                 made.update(makes)
         return read(jaxpr.outvars)
@@ -159,6 +170,14 @@ def carried_by(eqn: Any) -> slice:
         scanned = sum(not same_shape(*pair) for pair in zip(body.invars, eqn.invars, strict=True))
     end = len(eqn.invars) - scanned
     return slice(end - count, end)
+
+
+def carried_inside(eqn: Any, body: Jaxpr) -> dict[Any, Any]:
+    """Of a scan's body: results that are carried on, with the arguments they become."""
+    if eqn.primitive.name != "scan":
+        return {}
+    pairs = zip(body.outvars, body.invars[carried_by(eqn)], strict=False)
+    return {result: argument for result, argument in pairs if not isinstance(result, Literal)}
 
 
 def same_shape(inner: Any, outer: Any) -> bool:
