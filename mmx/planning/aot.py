@@ -64,8 +64,8 @@ def compile_request(ask: Request) -> Compiled:
     Raises:
       ValueError: libtpu is missing or held by another process, or knows no such topology.
     """
-    mesh = device_mesh(ask.topology, MeshConfig(**ask.mesh))
     _share_arena()
+    mesh = device_mesh(ask.topology, MeshConfig(**ask.mesh))
     began = time.perf_counter()
     program = build(ask, mesh)
     traced = program.trace()
