@@ -72,7 +72,7 @@ def test_a_recomputed_group_travels_no_more_often(recompute):
 
 
 def test_only_one_group_is_in_memory():
-    """By the estimate: the more groups the less room, and less than where they do not take turns."""
+    """By the estimate: the more groups the less room, and less than where they take no turns."""
     room = {groups: _peak(gradient(groups, recompute=True), size_of) for groups in (1, 2, 4)}
     assert room[4] < room[2] < room[1]
     assert room[4] < _peak(gradient(4, recompute=False), size_of)
