@@ -1,6 +1,6 @@
 """Softmax attention as a layer: grouped-query, RoPE on the leading channels of each head."""
 
-from typing import Any
+import functools
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -50,21 +50,26 @@ class SoftmaxAttention(nnx.Module):
         partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         """Return the layer's output and, with a memory, that with the new tokens in it."""
-
-        def project(kernel: Any, heads: str) -> Float[Array, "B T H K"]:
-            projected = functional.project("btd,dhk->bthk", x, kernel[...])
-            return constrain(projected, "batch", "seq", heads, None, partition=partition)
-
-        q, k = (
-            functional.rotary_embedding(
-                projected, sequence.positions, rotary_dim=self.rotary_dim, theta=self.rope_theta
+        # Few tokens, and all there is of them and of the weights on one device.
+        alone = x.shape[1] == 1 and implementation is None and partition is None
+        kernels = (self.q_proj[...], self.k_proj[...], self.v_proj[...])
+        products = (functional.Product("btd,dhk->bthk", kernel) for kernel in kernels)
+        q, k, v = (
+            constrain(projected, "batch", "seq", heads, None, partition=partition)
+            for projected, heads in zip(
+                functional.project_together(x, *products, skinny=alone),
+                ("heads", "kv_heads", "kv_heads"),
+                strict=True,
             )
-            for projected in (project(self.q_proj, "heads"), project(self.k_proj, "kv_heads"))
         )
-        v = project(self.v_proj, "kv_heads")
+        rotate = functools.partial(
+            functional.rotary_embedding, rotary_dim=self.rotary_dim, theta=self.rope_theta
+        )
+        q, k = rotate(q, sequence.positions), rotate(k, sequence.positions)
         how = {"implementation": implementation, "partition": partition}
         if memory is None:
             out = softmax_attention(q, k, v, segment_ids=sequence.kernel_segment_ids, **how)
         else:
             out, memory = memory.attend(q, k, v, sequence, **how)
-        return functional.project("bthk,hkd->btd", out, self.out_proj[...]), memory
+        into_out = functional.Product("bthk,hkd->btd", self.out_proj[...])
+        return functional.project_together(out, into_out, skinny=alone)[0], memory

@@ -12,7 +12,7 @@ from mmx.config import LayerKind, ModelConfig
 from mmx.nn.attention import SoftmaxAttention
 from mmx.nn.layers import RMSNorm
 from mmx.nn.lightning import LightningAttention
-from mmx.nn.memory import Memory
+from mmx.nn.memory import Memory, State
 from mmx.nn.moe import MoE, RouterStats
 from mmx.nn.sequence import Sequence
 from pallas_kernels.softmax_attention.reference import RESIDUALS
@@ -111,6 +111,7 @@ class Layer(nnx.Module):
         state_mean_square = None
         if execution.statistics:
             state = memory if self.kind == "lightning" else jnp.zeros(())
+            state = state.value() if isinstance(state, State) else state
             state_mean_square = jnp.mean(jnp.square(jax.lax.stop_gradient(state)))
         x = _add(self.mlp_alpha, normed if self.post_norm else x, self.mlp_beta, branch)
         return (

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmx.nn.quantized import Int8
-from pallas_kernels import grouped_matmul, platform
+from pallas_kernels import (
+    grouped_matmul,
+    platform,
+    skinny_matmul,
+    skinny_matmul_supported,
+)
 from pallas_kernels.dispatch import einsum
 
 # Element by element, in fp32: the backward pass computes these again from bf16 inputs rather than
@@ -63,6 +69,35 @@ def project(
         return _rounded(subscripts, x, kernel)
     wide: jax.Array = _widened(subscripts, x, kernel)
     return wide.astype(out_dtype)
+
+
+class Product(NamedTuple):
+    """One of the products of `project_together`: the arguments of `project`."""
+
+    subscripts: str
+    kernel: Array | Int8
+    out_dtype: jnp.dtype | None = None
+
+
+def project_together(x: Float[Array, "B T ..."], *products: Product, skinny: bool) -> list[Array]:
+    """Several `project` of the same activations, whose last axes a product sums over.
+
+    skinny: they are few and whole on one device, so `pallas_kernels.skinny_matmul` may take all
+    products in one kernel. The result is the same up to the order of summation.
+    """
+    kernels = [one.kernel.astype(x.dtype) for one in products if not isinstance(one.kernel, Int8)]
+    if skinny and len(kernels) == len(products):
+        rows = x.reshape(x.shape[0] * x.shape[1], -1)
+        matrices = [kernel.reshape(rows.shape[1], -1) for kernel in kernels]
+        if skinny_matmul_supported(rows, *matrices):
+            results = zip(products, kernels, skinny_matmul(rows, *matrices), strict=True)
+            return [
+                result.reshape(*x.shape[:2], *kernel.shape[x.ndim - 2 :]).astype(
+                    product.out_dtype or x.dtype
+                )
+                for product, kernel, result in results
+            ]
+    return [project(one.subscripts, x, one.kernel, out_dtype=one.out_dtype) for one in products]
 
 
 def project_groups(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from mmx.config import ModelConfig
 from mmx.nn import functional
 from mmx.nn.layers import RMSNorm, declare
+from mmx.nn.memory import State
 from mmx.nn.sequence import Sequence
 from pallas_kernels import lightning_decode_step
 from sharding import Partition, constrain
@@ -54,47 +55,68 @@ class LightningAttention(nnx.Module):
         x: Float[Array, "B T D"],
         sequence: Sequence,
         decay_slopes: Float[Array, "H"],
-        state: Float[Array, "B H K V"] | None,
+        state: State | None,
         *,
         implementation: str | None,
         partition: Partition | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K V"]]:
-        """Return the layer's output and its state after the last token, in fp32."""
+    ) -> tuple[Float[Array, "B T D"], State | Float[Array, "B H K V"]]:
+        """Return the layer's output and its state after the last token, in fp32.
+
+        The state is a `State` if it was one, else an array.
+        """
+        # Few tokens, and all there is of them and of the weights on one device.
+        alone = x.shape[1] == 1 and implementation is None and partition is None
+        into_gate = functional.Product("btd,dhk->bthk", self.gate_proj[...], jnp.float32)
+        gate = None  # of many tokens computed where it is used, and not kept till then
         # What is smaller is reordered: the weights, or of single tokens the activations.
         if x.shape[1] == 1:
-            qkv = functional.project("btd,dhck->bthck", x, self.qkv_proj[...]).swapaxes(2, 3)
+            into_qkv = functional.Product("btd,dhck->bthck", self.qkv_proj[...])
+            qkv, gate = functional.project_together(x, into_qkv, into_gate, skinny=alone)
+            qkv = qkv.swapaxes(2, 3)
         else:
             kernel = jax.tree.map(lambda w: jnp.swapaxes(w, 1, 2), self.qkv_proj[...])
             qkv = functional.project("btd,dchk->btchk", x, kernel)
         qkv = constrain(qkv, "batch", "seq", None, "heads", None, partition=partition)
         qkv = functional.silu(qkv)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if state is not None:
-            assert sequence.continues is not None
-            state = jnp.where(sequence.continues[:, None, None, None], state, 0)
         if state is not None and x.shape[1] == 1:
-            real = sequence.real[:, 0, None, None]
-            out, after = lightning_decode_step(q[:, 0], k[:, 0], v[:, 0], decay_slopes, state)
-            out = jnp.where(real, out, 0)[:, None]
-            state = jnp.where(real[..., None], after, state)
+            out, states = lightning_decode_step(
+                q[:, 0],
+                k[:, 0],
+                v[:, 0],
+                decay_slopes,
+                state.states,
+                layer=state.layer,
+                real=sequence.real[:, 0],
+                continues=sequence.continues,
+                implementation=None if alone else "xla",
+            )
+            out, after = out[:, None], State(states, state.layer)
         else:
-            out, state = lightning_attention(
+            initial_state = None
+            if state is not None:
+                assert sequence.continues is not None
+                initial_state = jnp.where(sequence.continues[:, None, None, None], state.value(), 0)
+            out, final_state = lightning_attention(
                 q,
                 k,
                 v,
                 decay_slopes,
-                initial_state=state,
+                initial_state=initial_state,
                 segment_ids=sequence.kernel_segment_ids,
                 chunk_size=self.chunk_size,
                 implementation=implementation,
                 partition=partition,
             )
+            after = final_state if state is None else state.replaced(final_state)
         heads, head_dim = out.shape[2:]
         out = self.norm(out.reshape(*out.shape[:2], heads * head_dim)).reshape(out.shape)
-        gate = functional.project("btd,dhk->bthk", x, self.gate_proj[...], out_dtype=jnp.float32)
+        if gate is None:
+            (gate,) = functional.project_together(x, into_gate, skinny=False)
         gate = constrain(gate, "batch", "seq", "heads", None, partition=partition)
         out = _gated(out, gate)
-        return functional.project("bthk,hkd->btd", out, self.out_proj[...]), state
+        into_out = functional.Product("bthk,hkd->btd", self.out_proj[...])
+        return functional.project_together(out, into_out, skinny=alone)[0], after
 
 
 @functional.recomputed

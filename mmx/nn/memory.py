@@ -21,12 +21,28 @@ class Memory(Protocol):
     """Of all layers of a model."""
 
     def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
-        """What layer number `place` of this kind sees: a state [B, H, K, V], or `KeyValues`."""
+        """What layer number `place` of this kind sees: its `State`, or its `KeyValues`."""
         ...
 
     def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> Self:
         """The memory with what that layer has made of it."""
         ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The state of one lightning layer, among those of all so that it can be updated in place."""
+
+    states: Float[Array, "Ll B H K V"]
+    layer: Int[Array, ""]
+
+    def value(self) -> Float[Array, "B H K V"]:
+        return jax.lax.dynamic_index_in_dim(self.states, self.layer, keepdims=False)
+
+    def replaced(self, new: Float[Array, "B H K V"]) -> "State":
+        states = jax.lax.dynamic_update_index_in_dim(self.states, new, self.layer, 0)
+        return State(states, self.layer)
 
 
 class KeyValues(Protocol):
@@ -66,13 +82,12 @@ class Slots:
 
     def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
         if kind == "lightning":
-            return jax.lax.dynamic_index_in_dim(self.lightning_states, place, keepdims=False)
+            return State(self.lightning_states, place)
         return _LayerSlots(self, place)
 
     def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> "Slots":
         if kind == "lightning":
-            states = jax.lax.dynamic_update_index_in_dim(self.lightning_states, new, place, 0)
-            return Slots(**{**vars(self), "lightning_states": states})
+            return Slots(**{**vars(self), "lightning_states": new.states})
         return new.memory
 
 
@@ -138,13 +153,12 @@ class Pages:
 
     def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
         if kind == "lightning":
-            return jax.lax.dynamic_index_in_dim(self.lightning_states, place, keepdims=False)
+            return State(self.lightning_states, place)
         return _LayerPages(self, place)
 
     def write(self, kind: LayerKind, place: Int[Array, ""], new: Any) -> "Pages":
         if kind == "lightning":
-            states = jax.lax.dynamic_update_index_in_dim(self.lightning_states, new, place, 0)
-            return Pages(**{**vars(self), "lightning_states": states})
+            return Pages(**{**vars(self), "lightning_states": new.states})
         return new.memory
 
 

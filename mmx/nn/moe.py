@@ -14,6 +14,7 @@ import sharding
 from mmx.config import ModelConfig
 from mmx.nn import functional, quantized
 from mmx.nn.layers import GatedMLP, declare
+from pallas_kernels import expert_mixture, expert_mixture_supported
 from sharding import Partition
 
 _AXES = {
@@ -113,9 +114,14 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             weights, experts, probabilities, logits = self.router(x, partition=partition)
         with jax.named_scope("experts"):
-            out, kept = self._experts(
-                x, weights, experts, real, implementation, capacity_factor, recompute, partition
-            )
+            out, kept = None, None
+            special = (implementation, capacity_factor, partition)
+            if x.shape[1] == 1 and all(option is None for option in special):
+                out = self._few_tokens(x[:, 0], probabilities[:, 0], real)
+            if out is None:
+                out, kept = self._experts(
+                    x, weights, experts, real, implementation, capacity_factor, recompute, partition
+                )
         if self.has_shared_expert:
             with jax.named_scope("shared_expert"):
                 wide = x.astype(jnp.float32)
@@ -136,6 +142,15 @@ class MoE(nnx.Module):
             num_dropped=_num_dropped(kept, real) if statistics else None,
         )
         return out.astype(x.dtype), stats
+
+    def _few_tokens(self, x, probabilities, real) -> Float[Array, "B 1 D"] | None:
+        """The same for a token a row, where a kernel needs them not sorted; None elsewhere."""
+        matrices = [getattr(self, name)[...] for name in _AXES]
+        if any(isinstance(matrix, quantized.Int8) for matrix in matrices):
+            return None
+        weights = mixing_weights(probabilities, self.router.num_experts_per_tok)
+        arrays = x, jnp.where(real, weights, 0), *(matrix.astype(x.dtype) for matrix in matrices)
+        return expert_mixture(*arrays)[:, None] if expert_mixture_supported(*arrays) else None
 
     def _experts(
         self, x, weights, experts, real, implementation, capacity_factor, recompute, partition
@@ -165,6 +180,19 @@ class MoE(nnx.Module):
             capacity_factor=capacity_factor,
             recompute=recompute,
         )
+
+
+def mixing_weights(probabilities: Float[Array, "N E"], k: int) -> Float[Array, "N E"]:
+    """The weights of the k most probable experts, summing to 1, and 0 for the others.
+
+    What `Router` chooses, first come first where two are alike, but by comparisons, which on a GPU
+    are one kernel where a sort is several.
+    """
+    index = jnp.arange(probabilities.shape[1])
+    mine, others = probabilities[:, :, None], probabilities[:, None, :]
+    before = (others > mine) | ((others == mine) & (index < index[:, None]))
+    chosen = jnp.where(jnp.sum(before, axis=2) < k, probabilities, 0)
+    return chosen / jnp.sum(chosen, axis=1, keepdims=True)
 
 
 def _entropy_sum(logits: Float[Array, "B T E"], real: Bool[Array, "B T"]) -> Float[Array, ""]:

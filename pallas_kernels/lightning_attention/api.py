@@ -1,10 +1,11 @@
 """The public functions of lightning attention: argument checks and the choice of implementation."""
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.lightning_attention import gpu_hopper, reference, tpu, xla
+from pallas_kernels.lightning_attention import gpu_decode, gpu_hopper, reference, tpu, xla
 
 IMPLEMENTATIONS = (
     dispatch.Implementation(
@@ -13,6 +14,12 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("pallas_tpu", tpu.lightning_attention, unsupported=tpu.unsupported),
     dispatch.Implementation("xla", xla.lightning_attention),
     dispatch.Implementation("reference", reference.lightning_attention, automatic=False),
+)
+DECODE_IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "pallas_gpu", gpu_decode.lightning_decode_step, unsupported=gpu_decode.unsupported
+    ),
+    dispatch.Implementation("xla", xla.lightning_decode_step),
 )
 DEFAULT_CHUNK_SIZE = 256
 
@@ -88,30 +95,64 @@ def lightning_decode_step(
     k: Float[Array, "B H K"],
     v: Float[Array, "B H V"],
     decay_slopes: Float[Array, "H"],
-    state: Float[Array, "B H K V"],
-) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    state: Float[Array, "B H K V"] | Float[Array, "L B H K V"],
+    *,
+    layer: int | Int[Array, ""] | None = None,
+    real: Bool[Array, "B"] | None = None,
+    continues: Bool[Array, "B"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B H V"], jax.Array]:
     """One token of lightning attention: update the fp32 state, read it.
 
     The update is written S + (expm1(-s) S + k v^T): rounding exp(-s) to fp32 first would lose the
     decay of the slowest heads over long decodes. Donate `state` where you jit this.
 
+    Args:
+      q, k, v: of the token.
+      decay_slopes: positive, one a head.
+      state: of one layer, or of all layers, of which one is updated in place.
+      layer: which one, in the second case and only then.
+      real: rows that have a token; the others keep every bit of their state and give 0. None: all.
+      continues: rows that carry on their state; the others begin at zero. None: all.
+      implementation: 'pallas_gpu' (Hopper, no gradient), 'xla', or None for the first that takes
+        these arguments.
+
     Returns:
-      The output in the dtype of `v`, and the new state in fp32.
+      The output in the dtype of `v`, and the new state, or states, in fp32.
 
     Raises:
       ValueError: shapes that disagree, a dtype that is not floating, negative slopes.
+      NotImplementedError: a named implementation that cannot take these arguments.
     """
     name = "lightning_decode_step"
     if q.ndim != 3:
         raise ValueError(f"{name}: q has shape {q.shape}; it must be [B, H, K]")
     dispatch.require_shape(name, "k", k, q.shape)
     dispatch.require_shape(name, "v", v, (*q.shape[:2], max((1, *v.shape[-1:]))))
-    dispatch.require_shape(name, "state", state, (*q.shape, v.shape[2]))
+    leading = () if layer is None else state.shape[:1]
+    dispatch.require_shape(name, "state", state, (*leading, *q.shape, v.shape[2]))
     dispatch.require_one_dtype(name, q=q, k=k, v=v)
     dispatch.require_floating(name, state=state)
     _check_slopes(name, decay_slopes, q.shape[1])
+    everywhere = jnp.ones(q.shape[0], bool)
+    real, continues = (everywhere if rows is None else rows for rows in (real, continues))
+    for what, rows in (("real", real), ("continues", continues)):
+        dispatch.require_shape(name, what, rows, q.shape[:1])
+    states = state[None] if layer is None else state
+    arrays = (
+        q,
+        k,
+        v,
+        decay_slopes,
+        states,
+        jnp.asarray(0 if layer is None else layer, jnp.int32),
+        real,
+        continues,
+    )
+    chosen = dispatch.select(name, DECODE_IMPLEMENTATIONS, implementation, *arrays)
     with jax.named_scope("attend"):
-        return xla.lightning_decode_step(q, k, v, decay_slopes, state)
+        out, states = chosen.call(*arrays)
+    return out, states[0] if layer is None else states
 
 
 def _check_slopes(name: str, decay_slopes: jax.Array, heads: int) -> None:

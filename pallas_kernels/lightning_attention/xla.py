@@ -101,10 +101,18 @@ def lightning_decode_step(
     k: Float[Array, "B H K"],
     v: Float[Array, "B H V"],
     decay_slopes: Float[Array, "H"],
-    state: Float[Array, "B H K V"],
-) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-    """One token; see `pallas_kernels.lightning_decode_step`."""
-    q, k, value = (x.astype(state.dtype) for x in (q, k, v))
-    forgotten = jnp.expm1(-decay_slopes.astype(state.dtype))[:, None, None]
-    state = state + (forgotten * state + k[..., :, None] * value[..., None, :])
-    return jnp.sum(q[..., :, None] * state, axis=-2).astype(v.dtype), state
+    states: Float[Array, "L B H K V"],
+    layer: Int[Array, ""],
+    real: Bool[Array, "B"],
+    continues: Bool[Array, "B"],
+) -> tuple[Float[Array, "B H V"], Float[Array, "L B H K V"]]:
+    """`pallas_kernels.lightning_decode_step` of a layer among several."""
+    held = jax.lax.dynamic_index_in_dim(states, layer, keepdims=False)
+    q, k, value = (x.astype(held.dtype) for x in (q, k, v))
+    forgotten = jnp.expm1(-decay_slopes.astype(held.dtype))[:, None, None]
+    old = jnp.where(continues[:, None, None, None], held, 0)
+    new = old + (forgotten * old + k[..., :, None] * value[..., None, :])
+    out = jnp.sum(q[..., :, None] * new, axis=-2).astype(v.dtype)
+    new = jnp.where(real[:, None, None, None], new, held)
+    states = jax.lax.dynamic_update_index_in_dim(states, new, layer, 0)
+    return jnp.where(real[:, None, None], out, 0), states

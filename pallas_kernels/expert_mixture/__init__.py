@@ -1,0 +1,1 @@
+"""The experts of few tokens, mixed, where every expert that is chosen is read once."""
