@@ -41,11 +41,19 @@ def gradient(groups, *, recompute):
 
     @jax.checkpoint
     def layer(params, tokens, weights):
+        choices, is_token = routes()["even"]
         out, _ = parallel.mixture(
-            tokens, weights, *routes()["even"], params,
-            param_axes={name: AXES[name] for name in params}, compute=linear_experts,
-            num_experts=E, partition=where, recompute=recompute,
-        )  # fmt: skip
+            tokens,
+            weights,
+            choices,
+            is_token,
+            params,
+            param_axes={name: AXES[name] for name in params},
+            compute=linear_experts,
+            num_experts=E,
+            partition=where,
+            recompute=recompute,
+        )
         return out
 
     def value(*inputs):

@@ -126,7 +126,7 @@ def steps_of(jaxpr: Jaxpr, widened: Widened, carried: Mapping[Any, Any]) -> Writ
     wider = {
         place: narrow[one]
         for place, (v, one) in enumerate(zip(jaxpr.outvars, ends, strict=True))
-        if one in narrow and v.aval.dtype != narrow[one]
+        if one in narrow and getattr(v.aval, "dtype", None) != narrow[one]
     }
     return Written(steps, {one for one in ends if one is not None}, wider)
 
