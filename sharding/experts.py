@@ -291,8 +291,10 @@ def exchanged(
       groups: parts of the tokens, one after the other in the program and independent of each other,
         so that the compiler may overlap one's exchange with another's products.
       recompute: run them in a loop instead and compute each again in its backward pass, so that
-        only one is ever in memory. Where the layer is recomputed this takes no more time: its
-        second forward pass needs no output of the experts, and is left out.
+        only one is ever in memory. Where the layer is recomputed this takes no more work: its
+        second forward pass needs no output of the experts, and is left out. But one's exchange is
+        no longer beside another's products; on TPU it is not in either form unless libtpu is told
+        to begin it early (`xla_tpu_enable_async_ragged_all_to_all`).
       exchange: 'ragged' sends the rows there are (GPU, TPU), 'padded' as many to each device as
         could be (everywhere); None is 'padded' on CPU, which has no other.
 

@@ -73,11 +73,12 @@ def test_a_decode_step_is_planned_as_libtpu_compiled_it(name):
     assert work_bytes == pytest.approx(compiled["temporary"], rel=0.1)
 
 
-def test_a_prompt_is_planned_somewhat_below_what_libtpu_compiled():
-    """A fifth: of the 5 GB that libtpu has on top it does not say what they are."""
-    plan, compiled = plans.quick("prefill 1M, 64 v5p"), COMPILED["prefill 1M, 64 v5p"]
+@pytest.mark.parametrize("name", ["prefill 1M, 64 v5p", "prefill 1M, 256 v6e"])
+def test_a_prompt_is_planned_somewhat_below_what_libtpu_compiled(name):
+    """A ninth: of the 1 and 2 GB that libtpu has on top it does not say what they are."""
+    plan, compiled = plans.quick(name), COMPILED[name]
     assert plan.memory["parameters"] == pytest.approx(compiled["arguments"], rel=1e-3)
-    assert plan.total == pytest.approx(compiled["total"], rel=0.22)
+    assert plan.total == pytest.approx(compiled["total"], rel=0.12)
 
 
 # ---------------------------------------------------------------- by hand
