@@ -16,6 +16,7 @@ axes they vary.
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import platform
-from pallas_kernels.dispatch import accumulation_dtype
 from sharding.capacity import expert_capacity, within_capacity
+from sharding.choices import by_expert, combine, dispatch, rows_of_each, weighted_sum
 from sharding.exchange import Exchange, Way, expert_lanes, move
 from sharding.partition import Partition, gathered, on_shards
 
@@ -63,6 +64,7 @@ def mixture(
     num_experts: int,
     partition: Partition | None,
     capacity_factor: float | None = None,
+    recompute: bool = False,
     exchange: Exchange | None = None,
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T k"] | None]:
     """sum_k weights_k expert_k(token), experts and tokens spread as the partition says.
@@ -83,7 +85,7 @@ def mixture(
       num_experts: E.
       partition: None for one device; `expert_groups` of it is for tokens that are exchanged.
       capacity_factor: see `within_capacity`; None drops nothing.
-      exchange: see `exchanged`.
+      recompute, exchange: see `exchanged`.
 
     Returns:
       The output in fp32, and with a capacity which choices were kept.
@@ -98,6 +100,7 @@ def mixture(
         num_experts=num_experts,
         capacity_factor=capacity_factor,
         groups=1 if partition is None else partition.expert_groups,
+        recompute=recompute,
         exchange=exchange,
     )
     arrays = tokens, weights, experts, is_token, params
@@ -165,6 +168,7 @@ def _shard(
     num_experts,
     capacity_factor,
     groups,
+    recompute,
     exchange,
     split: _Split,
     gather: Callable[[Any], Any],
@@ -195,7 +199,9 @@ def _shard(
     flat_kept = None if kept is None else kept.reshape(-1, per_token)
     form: Any = local
     if split.experts in (*split.batch, *split.seq):
-        form = functools.partial(exchanged, capacity=capacity, groups=groups, exchange=exchange)
+        form = functools.partial(
+            exchanged, capacity=capacity, groups=groups, recompute=recompute, exchange=exchange
+        )
     out = form(
         flat_tokens,
         flat_weights,
@@ -245,10 +251,10 @@ def local(
     if kept is not None:
         chosen = chosen & kept
     flat = jnp.where(chosen, mine, here).reshape(-1)
-    order, place = _sorted(flat)
-    rows: Any = _dispatch(experts.shape[1], tokens, order, place)
-    rows = _combine(compute(rows, _count(flat, here)), order, place)
-    out = _weighted_sum(rows.reshape(*experts.shape, -1), weights)
+    order, place = by_expert(flat)
+    rows: Any = dispatch(experts.shape[1], tokens, order, place)
+    rows = combine(compute(rows, rows_of_each(flat, here)), order, place)
+    out = weighted_sum(rows.reshape(*experts.shape, -1), weights)
     over = tensor_axes if axis_name is None else (axis_name, *tensor_axes)
     return jax.lax.psum(out, over) if over else out
 
@@ -265,6 +271,7 @@ def exchanged(
     capacity: int | None = None,
     tensor_axes: tuple[str, ...] = (),
     groups: int = 1,
+    recompute: bool = False,
     exchange: Exchange | None = None,
 ) -> Float[Array, "N D"]:
     """Mix the experts of this device's own tokens by an all-to-all there and one back.
@@ -283,6 +290,11 @@ def exchanged(
       tensor_axes: mesh axes that split the width of each expert; they have the same tokens.
       groups: parts of the tokens, one after the other in the program and independent of each other,
         so that the compiler may overlap one's exchange with another's products.
+      recompute: run them in a loop instead and compute each again in its backward pass, so that
+        only one is ever in memory. Where the layer is recomputed this takes no more work: its
+        second forward pass needs no output of the experts, and is left out. But one's exchange is
+        no longer beside another's products; on TPU it is not in either form unless libtpu is told
+        to begin it early (`xla_tpu_enable_async_ragged_all_to_all`).
       exchange: 'ragged' sends the rows there are (GPU, TPU), 'padded' as many to each device as
         could be (everywhere); None is 'padded' on CPU, which has no other.
 
@@ -306,87 +318,45 @@ def exchanged(
         block, received = min(block, here * capacity), min(received, here * capacity)
     chosen = experts if kept is None else jnp.where(kept, experts, num_experts)
     flat = chosen.reshape(groups, size * per_token)
-    counts = jax.vmap(_count, in_axes=(0, None))(flat, num_experts)
+    counts = jax.vmap(rows_of_each, in_axes=(0, None))(flat, num_experts)
     # The one thing the groups share, before any of them: how many rows go from where to where.
     counts = jax.lax.all_gather(counts, axis_name)  # [n, groups, E]
     form: Exchange = "padded" if platform.target() == "cpu" else "ragged"
     way = Way(axis_name, exchange or form, block, rows=received, rows_back=size * per_token)
 
-    outs = []
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        order, place = _sorted(flat[group])
-        there, back, group_sizes = expert_lanes(counts[:, group], jax.lax.axis_index(axis_name))
+    device = jax.lax.axis_index(axis_name)
+
+    def mix(part):
+        tokens, weights, flat, counts = part
+        order, place = by_expert(flat)
+        there, back, group_sizes = expert_lanes(counts, device)
         with jax.named_scope("dispatch"):
-            rows: Any = _dispatch(per_token, tokens[part], order, place)
+            rows: Any = dispatch(per_token, tokens, order, place)
             rows = move(way, rows, there, back)
         rows = compute(rows, group_sizes)
         with jax.named_scope("combine"):
             rows = move(way.reverse(), rows, back, there)
-            rows = _combine(rows, order, place)
-            outs.append(_weighted_sum(rows.reshape(size, per_token, -1), weights[part]))
-    out = jnp.concatenate(outs) if groups > 1 else outs[0]
+            rows = combine(rows, order, place)
+            return weighted_sum(rows.reshape(size, per_token, -1), weights)
+
+    parts = (
+        tokens.reshape(groups, size, -1),
+        weights.reshape(groups, size, per_token),
+        flat,
+        jnp.swapaxes(counts, 0, 1),
+    )
+    out = _in_turn(mix, parts, recompute=recompute).reshape(tokens.shape)
     # After the sum over k, of which there are fewer rows than of choices.
     return jax.lax.psum(out, tensor_axes) if tensor_axes else out
 
 
-def _sorted(flat: Int[Array, "M"]) -> tuple[Int[Array, "M"], Int[Array, "M"]]:
-    """The choice in each row once sorted by expert, and the row of each choice."""
-    order = jnp.argsort(flat, stable=True)
-    return order, jnp.argsort(order)
-
-
-def _count(flat: Int[Array, "M"], bins: int) -> Int[Array, "bins"]:
-    return jnp.bincount(flat, length=bins + 1)[:bins].astype(jnp.int32)
-
-
-# Two gathers by a permutation that is known in both directions: `order[i]` is the choice in sorted
-# row i, `place` its inverse. So their gradients are gathers as well, where autodiff would scatter
-# and add up in bf16.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(
-    per_token: int, tokens: Float[Array, "N D"], order: Int[Array, "M"], place: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """The token of each choice, sorted: row i is token `order[i] // per_token`."""
-    return tokens[order // per_token]
-
-
-def _dispatch_forward(per_token, tokens, order, place):
-    return _dispatch(per_token, tokens, order, place), place
-
-
-def _dispatch_backward(per_token, place, grad):
-    choices = grad[place].reshape(-1, per_token, grad.shape[1])
-    total = jnp.sum(choices, axis=1, dtype=accumulation_dtype(grad.dtype))
-    return total.astype(grad.dtype), None, None
-
-
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-
-
-@jax.custom_vjp
-def _combine(
-    rows: Float[Array, "M D"], order: Int[Array, "M"], place: Int[Array, "M"]
-) -> Float[Array, "M D"]:
-    """Sorted rows back in the order of the choices: row i is the one at `place[i]`."""
-    return rows[place]
-
-
-def _combine_forward(rows, order, place):
-    return _combine(rows, order, place), order
-
-
-def _combine_backward(order, grad):
-    return grad[order], None, None
-
-
-_combine.defvjp(_combine_forward, _combine_backward)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _weighted_sum(
-    choices: Float[Array, "N k D"], weights: Float[Array, "N k"]
-) -> Float[Array, "N D"]:
-    return jnp.sum(choices.astype(jnp.float32) * weights[..., None], axis=1)
+def _in_turn(mix: Callable[[Any], jax.Array], parts: Any, *, recompute: bool) -> jax.Array:
+    """`mix` of each part, stacked; `parts` have them along their first axis."""
+    groups = len(parts[0])
+    if recompute and groups > 1:
+        # One at a time in the backward pass, too: independent of each other in a program, all
+        # would be begun before the first is through, with room for every row that could come.
+        again = jax.checkpoint(mix, prevent_cse=False)
+        return jax.lax.scan(lambda _, part: (None, again(part)), None, parts)[1]
+    outs = [mix(jax.tree.map(operator.itemgetter(group), parts)) for group in range(groups)]
+    return jnp.stack(outs)

@@ -20,7 +20,8 @@ class Partition:
       mesh: of devices.
       rules: which of its axes split what.
       expert_groups: parts of each device's tokens that travel to the experts apart, so that one
-        travels while another is computed; a divisor of their number.
+        travels while another is computed, or where layers are recomputed, so that only one has room
+        in memory; a divisor of their number.
 
     Raises:
       ValueError: the rules name an axis that the mesh has not, or leave one of its axes without

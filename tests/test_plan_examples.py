@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cpu_clock import cpu_seconds
 from random_models import random_params, random_tokens, small_config
 from sweeps import sweep
 
 import mmx
+from mmx.cli import main
 from mmx.planning.exhausted import MemoryExhausted, explained, of_engine
 from mmx.planning.search import best
 from mmx.planning.topology import parse_topology
@@ -78,6 +80,17 @@ def test_the_search_is_of_meshes_that_fit_best_first():
     assert len({tuple(plan.request.mesh.values()) for plan in found}) == len(found)
     # No mesh holds 912 GB of weights on 4 GPUs.
     assert best(fields | dict(config=mmx.preset("minimax-text-01"), name="x"), traced=1) == []
+
+
+def test_a_quick_plan_that_does_not_fit_takes_15_seconds_at_most(capsys):
+    """It says by how much, and plans what would change that."""
+    start = cpu_seconds()
+    machine = ("--topology", "v5p:4x4x4", "--mesh", "fsdp=2,expert=32")
+    options = ("--mode", "train", "--seq", "8192", "--batch", "64", *machine, "--quick")
+    assert main(["plan", "minimax-text-01", *options]) == 1
+    assert cpu_seconds() - start < 15
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"it does not fit by [\d.]+ GB on each device --optimizer-dtype", said)
 
 
 # ---------------------------------------------------------------- memory that runs out

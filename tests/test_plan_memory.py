@@ -54,6 +54,15 @@ def test_a_step_on_one_h200_is_planned_as_it_was_measured(part):
     assert flops == pytest.approx(1e9 * step["model_TFLOPs"] * step["ms"], rel=0.01)
 
 
+@pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("train")])
+def test_a_training_step_is_planned_as_libtpu_compiled_it(name):
+    """What stays to 0.3 %, which is alignment of many small shards; the peak within 10 %."""
+    plan, compiled = plans.quick(name), COMPILED[name]
+    stays = sum(plan.memory[part] for part in ("parameters", "optimizer", "batch"))
+    assert stays == pytest.approx(compiled["arguments"], rel=3e-3)
+    assert plan.total == pytest.approx(compiled["total"], rel=0.1)
+
+
 @pytest.mark.parametrize("name", ["decode 4M, 64 v5p", "decode 4M, 256 v6e"])
 def test_a_decode_step_is_planned_as_libtpu_compiled_it(name):
     """What stays to 0.1 %, which is alignment; what comes and goes within 10 %."""
@@ -64,11 +73,12 @@ def test_a_decode_step_is_planned_as_libtpu_compiled_it(name):
     assert work_bytes == pytest.approx(compiled["temporary"], rel=0.1)
 
 
-def test_a_prompt_is_planned_somewhat_below_what_libtpu_compiled():
-    """A fifth: of the 5 GB that libtpu has on top it does not say what they are."""
-    plan, compiled = plans.quick("prefill 1M, 64 v5p"), COMPILED["prefill 1M, 64 v5p"]
+@pytest.mark.parametrize("name", ["prefill 1M, 64 v5p", "prefill 1M, 256 v6e"])
+def test_a_prompt_is_planned_somewhat_below_what_libtpu_compiled(name):
+    """A ninth: of the 1 and 2 GB that libtpu has on top it does not say what they are."""
+    plan, compiled = plans.quick(name), COMPILED[name]
     assert plan.memory["parameters"] == pytest.approx(compiled["arguments"], rel=1e-3)
-    assert plan.total == pytest.approx(compiled["total"], rel=0.22)
+    assert plan.total == pytest.approx(compiled["total"], rel=0.12)
 
 
 # ---------------------------------------------------------------- by hand
@@ -103,8 +113,35 @@ def test_what_fused_work_reads_is_there_until_something_reads_it():
         up = x @ x.T
         return (gate * up) @ x
 
-    # Two products, and what the third reads.
-    assert peak(program, X) == 3 * KB
+    # The gate as it is rounded, the other product, and what the third reads.
+    assert peak(program, X) == 2.5 * KB
+
+
+def test_what_is_cast_wider_is_no_array_of_its_own():
+    """Two bf16 products of half a KB each, into a loop that reads one of them wide and narrow."""
+
+    def program(x):
+        wide = (x @ x).astype(jnp.float32)
+
+        def turn(carry, _):
+            return carry + wide.astype(jnp.bfloat16) @ carry, None
+
+        return jax.lax.scan(turn, x @ x.T, None, length=2)[0]
+
+    narrow = X.astype(jnp.bfloat16)
+    # Inside a product, which is added to what is carried in its place.
+    assert peak(program, narrow) == pytest.approx(1.5 * KB, abs=16)
+
+
+def test_a_sum_over_the_turns_of_a_loop_is_there_once():
+    def program(x):
+        add = lambda total, _: (total + x @ x, None)  # noqa: E731
+        return jax.lax.scan(add, jnp.zeros((16, 16)), None, length=3)[0]
+
+    # The sum and a product; that it is made of a product again needs one more.
+    assert peak(program, X) == 2 * KB
+    again = lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=3)[0]  # noqa: E731
+    assert peak(again, X) == 2 * KB
 
 
 def test_what_a_loop_changes_in_place_is_there_once():

@@ -105,6 +105,7 @@ class Layer(nnx.Module):
                 keep_logits=execution.keep_hidden,
                 capacity_factor=execution.capacity_factor,
                 statistics=execution.statistics,
+                recompute=execution.remat_layers,
                 **how,
             )
         state_mean_square = None
@@ -168,7 +169,7 @@ class Superblock(nnx.Module):
                 # With the barriers of prevent_cse: they also hold a layer's second forward pass
                 # back until its backward pass is due, as several layers in one scan body need.
                 run = jax.checkpoint(run, policy=KEPT)
-                x, params = _gradients_at_once(x, params)
+                x, params = gradients_at_once(x, params)
             with jax.named_scope(f"layer_{i}"):
                 seen = None if memory is None else memory.read(kind, place)
                 x, seen, layer_stats = run(x, params, seen)
@@ -181,16 +182,17 @@ class Superblock(nnx.Module):
 
 
 @jax.custom_vjp
-def _gradients_at_once(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+def gradients_at_once(x: jax.Array, params: Any) -> tuple[jax.Array, Any]:
     """The arguments; their gradients are all computed before either is used.
 
     No other layer waits for a gradient of the weights, so a compiler may put all of them off to the
-    end and keep what they are made of, three arrays of every layer as wide as its experts.
+    end and keep what they are made of, three arrays of every layer as wide as its experts, or those
+    of the head whole where devices split them.
     """
     return x, params
 
 
-_gradients_at_once.defvjp(
+gradients_at_once.defvjp(
     lambda x, params: ((x, params), None),
     lambda _, gradients: jax.lax.optimization_barrier(gradients),
 )

@@ -93,6 +93,7 @@ class MoE(nnx.Module):
         implementation: str | None,
         capacity_factor: float | None = None,
         statistics: bool = False,
+        recompute: bool = False,
         partition: Partition | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Mix the experts of each token.
@@ -104,6 +105,7 @@ class MoE(nnx.Module):
           implementation: of the grouped matmul.
           capacity_factor: see `sharding.capacity.within_capacity`; None drops nothing.
           statistics: also fill in `entropy_sum` and `num_dropped`.
+          recompute: whether the layer is recomputed; see `sharding.experts.mixture`.
           partition: of tokens and experts; None for one device.
 
         Returns:
@@ -118,7 +120,7 @@ class MoE(nnx.Module):
                 out = self._few_tokens(x[:, 0], probabilities[:, 0], real)
             if out is None:
                 out, kept = self._experts(
-                    x, weights, experts, real, implementation, capacity_factor, partition
+                    x, weights, experts, real, implementation, capacity_factor, recompute, partition
                 )
         if self.has_shared_expert:
             with jax.named_scope("shared_expert"):
@@ -150,7 +152,9 @@ class MoE(nnx.Module):
         arrays = x, jnp.where(real, weights, 0), *(matrix.astype(x.dtype) for matrix in matrices)
         return expert_mixture(*arrays)[:, None] if expert_mixture_supported(*arrays) else None
 
-    def _experts(self, x, weights, experts, real, implementation, capacity_factor, partition):
+    def _experts(
+        self, x, weights, experts, real, implementation, capacity_factor, recompute, partition
+    ):
         """Three grouped products over the tokens sorted by expert, added up in fp32."""
 
         def compute(params, rows, group_sizes):
@@ -174,6 +178,7 @@ class MoE(nnx.Module):
             num_experts=self.router.kernel.shape[1],
             partition=partition,
             capacity_factor=capacity_factor,
+            recompute=recompute,
         )
 
 

@@ -7,7 +7,8 @@ from mmx.planning.programs import Request, build
 from mmx.planning.report import Plan, make_plan
 
 MOST = 3
-MOST_GROUPS = 16  # each is a copy of the experts' part of the program, to trace and to compile
+# Where layers are not recomputed each is a copy of the experts' part of the program.
+MOST_GROUPS = 16
 
 
 def advise(plan: Plan) -> list[tuple[str, int, bool]]:

@@ -5,10 +5,9 @@ elementwise work taken to be fused; the compiler orders and fuses as it likes, a
 replaces these numbers wherever a program is compiled.
 """
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +15,20 @@ from jax.extend.core import Jaxpr, Literal
 
 from mmx.planning.equations import inner_jaxprs, size_of
 from mmx.planning.programs import Program
-from mmx.planning.walk import COLLECTIVES, layer_of
+from mmx.planning.steps import (
+    WHOLE,
+    Step,
+    Widened,
+    carried_by,
+    carried_inside,
+    same_shape,
+    steps_of,
+)
+from mmx.planning.walk import layer_of
 
-# Their results are views of an operand.
-_VIEWS = frozenset(
-    {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "optimization_barrier", "name"}
-    | {"stop_gradient", "copy", "transpose"}
-)
-# They read arrays and make arrays; all others are fused with what they read or with who reads them.
-_WHOLE = frozenset(
-    {"dot_general", "ragged_dot_general", "gather", "scatter", "scatter-add", "sort", "concatenate"}
-    | {"pallas_call", "scan", "while", "cond", "shard_map", "dynamic_update_slice", "cumsum"}
-    | {"custom_partitioning", "ffi_call", *COLLECTIVES}
-)
-# They change their first operand in its place.
-_IN_PLACE = frozenset({"dynamic_update_slice", "scatter", "scatter-add"})
+Size = Callable[[Any], float]
 # Their results are the very arrays that their bodies end with.
 _OPEN = frozenset({"shard_map", "cond"})
-# Written out where they are called.
-_CALLS = ("jit", "remat", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
-Size = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
@@ -65,18 +58,28 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
     weights = dict(enumerate(program.facts.layer_weights))
     kept = most = 0.0
     head = 0.0
+    widened: dict[Any, Any] = {}
     for eqn, inside in _outermost(jaxpr, size):
         if eqn.primitive.name == "shard_map":
             # The head: what its forward pass leaves is there during its backward pass.
             (body,) = inner_jaxprs(eqn)
-            most = max(most, head + _peak(body, size_of))
-            head += sum(_results(eqn, inside))
+            given = {
+                inner: widened[outer]
+                for inner, outer in zip(body.invars, eqn.invars, strict=True)
+                if not isinstance(outer, Literal) and outer in widened
+            }
+            most = max(most, head + _peak_of(body, size_of, {}, given, {}))
+            results = _results(eqn, inside)
+            for number, dtype in steps_of(body, given, {}).widened_ends.items():
+                widened[eqn.outvars[number]] = dtype
+                results[number] *= dtype.itemsize / eqn.outvars[number].aval.dtype.itemsize
+            head += sum(results)
             continue
         scan, body = eqn, eqn.params["jaxpr"].jaxpr
-        carried = sum(map(size, scan.invars[_carried(scan)]))
+        carried = sum(map(size, scan.invars[carried_by(scan)]))
         most = max(most, carried + _peak(body, size))
         pairs = zip(body.outvars, scan.outvars, strict=True)
-        stacked = [inner for inner, outer in pairs if not _same_shape(inner, outer)]
+        stacked = [inner for inner, outer in pairs if not same_shape(inner, outer)]
         backward = "transpose" in str(scan.source_info.name_stack)
         if program.request.mode == "train" and not backward:
             made = {v: eqn for eqn in body.eqns for v in eqn.outvars}
@@ -123,7 +126,7 @@ def _stacked(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str,
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             for inner, outer in zip(body.outvars, eqn.outvars, strict=True):
-                if not _same_shape(inner, outer):
+                if not same_shape(inner, outer):
                     yield eqn.params["length"] * size(inner), here, _shape(outer)
         for one in bodies:
             yield from _stacked(one, _inside(eqn, size), here)
@@ -182,12 +185,14 @@ def _device_size(program: Program) -> Size:
 
 def _peak(jaxpr: Jaxpr, size: Size) -> float:
     """The most bytes at once of what a jaxpr makes, its arguments not counted."""
-    return _peak_of(jaxpr, size, {})
+    return _peak_of(jaxpr, size, {}, {}, {})
 
 
-def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
-    """`_peak`; `known` has those of bodies met before, by identity."""
-    steps, ends = _steps(jaxpr)
+def _peak_of(
+    jaxpr: Jaxpr, size: Size, known: dict[Any, float], widened: Widened, carried: dict[Any, Any]
+) -> float:
+    """`_peak`; `known` has those of bodies met before, by identity and what is widened."""
+    steps, ends, _ = steps_of(jaxpr, widened, carried)
     sizes = {
         value: bytes_
         for step in steps
@@ -203,9 +208,12 @@ def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
     for number, step in enumerate(steps):
         inner = 0.0
         for body in _bodies(step.eqn):
-            if id(body) not in known:
-                known[id(body)] = _peak_of(body, _inside(step.eqn, size), known)
-            inner = max(inner, known[id(body)])
+            key = id(body), step.widened
+            if key not in known:
+                given = {body.invars[place]: dtype for place, dtype in step.widened}
+                kept = carried_inside(step.eqn, body)
+                known[key] = _peak_of(body, _inside(step.eqn, size), known, given, kept)
+            inner = max(inner, known[key])
         before = now
         for value in step.makes:
             if value not in alive and value in stored:
@@ -218,7 +226,7 @@ def _peak_of(jaxpr: Jaxpr, size: Size, known: dict[int, float]) -> float:
 
 
 def _stored(
-    steps: list["_Step"], ends: set[int], sizes: dict[int, float]
+    steps: list[Step], ends: set[int], sizes: dict[int, float]
 ) -> tuple[set[int], dict[int, int]]:
     """Which values are arrays, and the number of the step that needs each of them last.
 
@@ -243,95 +251,6 @@ def _stored(
     return {value for value, arrays in made_of.items() if arrays == {value}}, last
 
 
-@dataclass(frozen=True)
-class _Step:
-    """An equation that is no call and no view, and the numbers of the values it reads and makes."""
-
-    eqn: Any
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-
-    @property
-    def whole(self) -> bool:
-        return self.eqn.primitive.name in _WHOLE
-
-    @property
-    def reduces(self) -> bool:
-        return self.eqn.primitive.name.startswith(("reduce_", "arg"))
-
-
-def _steps(jaxpr: Jaxpr) -> tuple[list[_Step], set[int]]:
-    """The equations of a jaxpr in its order, and the values it returns.
-
-    What is called is written out in place of the call, as XLA has it: else a function of a few
-    elementwise lines, `silu` or all that `jax.checkpoint` repeats of them, would seem to take and
-    give arrays where it is fused with who calls it. A view is the value that it is a view of; what
-    is changed in place, as a loop changes what it carries, is the value that it was.
-    """
-    steps: list[_Step] = []
-    numbers = itertools.count()
-    made: set[int | None] = set()  # by equations
-
-    def write(jaxpr: Jaxpr, values: dict[Any, int]) -> list[int | None]:
-        def value(v: Any) -> int:
-            if v not in values:
-                values[v] = next(numbers)
-            return values[v]
-
-        def read(variables: Sequence[Any]) -> list[int | None]:
-            return [None if isinstance(v, Literal) else value(v) for v in variables]
-
-        def bind(variables: Sequence[Any], given: Sequence[int | None]) -> None:
-            pairs = zip(variables, given, strict=False)
-            values.update((v, one) for v, one in pairs if one is not None)
-
-        for eqn in jaxpr.eqns:
-            given, name = read(eqn.invars), eqn.primitive.name
-            if name.startswith(_CALLS):
-                (called,) = inner_jaxprs(eqn)
-                inside: dict[Any, int] = {
-                    v: one for v, one in zip(called.invars, given, strict=True) if one is not None
-                }
-                bind(eqn.outvars, write(called, inside))
-                continue
-            view = _is_view(eqn) and given[0] is not None
-            if view or name in _IN_PLACE:
-                bind(eqn.outvars, given[:1])
-            elif name in ("scan", "while"):
-                bind(eqn.outvars, [one if one in made else None for one in given[_carried(eqn)]])
-            if not view:
-                reads = tuple(one for one in given if one is not None)
-                makes = () if name in _IN_PLACE and reads else tuple(map(value, eqn.outvars))
-                steps.append(_Step(eqn, reads, makes))
-                made.update(makes)
-        return read(jaxpr.outvars)
-
-    ends = write(jaxpr, {})
-    return steps, {one for one in ends if one is not None}
-
-
-def _is_view(eqn: Any) -> bool:
-    if eqn.primitive.name == "pad":  # by nothing
-        return eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
-    return eqn.primitive.name in _VIEWS
-
-
-def _carried(eqn: Any) -> slice:
-    """The operands of a loop that it carries from turn to turn; its first results are theirs."""
-    count, scanned = len(eqn.outvars), 0
-    if eqn.primitive.name == "scan":
-        body = eqn.params["jaxpr"].jaxpr
-        count = sum(map(_same_shape, body.outvars, eqn.outvars))
-        scanned = sum(not _same_shape(*pair) for pair in zip(body.invars, eqn.invars, strict=True))
-    end = len(eqn.invars) - scanned
-    return slice(end - count, end)
-
-
-def _same_shape(inner: Any, outer: Any) -> bool:
-    """Whether a loop has the same of all turns as of one: it is carried, or read by each."""
-    return inner.aval.shape == outer.aval.shape
-
-
 def _results(eqn: Any, size: Size) -> list[float]:
     """Bytes of each result on a device."""
     if eqn.primitive.name != "shard_map":
@@ -351,7 +270,7 @@ def _inside(eqn: Any, size: Size) -> Size:
 
 def _arrays(jaxpr: Jaxpr, size: Size, scope: str) -> Iterator[tuple[float, str, str]]:
     for eqn in jaxpr.eqns:
-        bodies, whole = list(_bodies(eqn)), eqn.primitive.name in _WHOLE
+        bodies, whole = list(_bodies(eqn)), eqn.primitive.name in WHOLE
         if not bodies and not whole:
             continue
         here = _scope(scope, eqn)

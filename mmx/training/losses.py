@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmx.config import ModelConfig
 from mmx.model import Params, Remat, backbone, check_tokens, head_name, param_specs, unembed
-from mmx.nn.block import LayerStats
+from mmx.nn.block import LayerStats, gradients_at_once
 from mmx.nn.moe import RouterStats
 from sharding import Partition, constrain, vocabulary
 
@@ -266,9 +266,12 @@ def blockwise_token_losses(
     if blocks < 1:
         raise ValueError(f"loss_blocks is {blocks}; it must be at least 1, or None")
     name = head_name(config)
+    head = params[name]
+    if partition is not None and partition.mesh.size > 1:
+        x, head = gradients_at_once(x, head)
     return vocabulary.token_losses(
         x,
-        params[name],
+        head,
         jnp.where(counted, targets, 0),
         logits=lambda head, x: unembed({name: head}, x, config),
         head_axes=jax.tree.map(lambda spec: spec.axes, param_specs(config)[name]),
