@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mmx
 from benchmarks import device_trace, torch_generate
+from benchmarks.inference_setting import Setting, make_setting
 from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
 from benchmarks.random_memory import PAGE, random_params, random_pool, running_rows, step_bytes
 from mmx.config import ModelConfig
@@ -56,35 +55,6 @@ from mmx.model import Params
 from mmx.training.flops import forward_flops_per_token
 
 MOST_KV = 60e9  # bytes of keys and values
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured.
-
-    Attributes:
-      config: of the model; `slice_config` that of 'slice'.
-      decode: (rows, tokens of context) of 'decode', 'int8' and 'twin'.
-      slice_contexts: of 'slice', one row.
-      prompts: lengths of 'first', rising.
-      prompt: tokens of 'prefill' and 'prefix'; chunk: read at once.
-      new: tokens to generate; steps: of a dispatch.
-      repeats: dispatches timed.
-      copied, matmul: numbers of the copy and side of the product of 'ceilings'.
-    """
-
-    config: ModelConfig
-    slice_config: ModelConfig
-    decode: tuple[tuple[int, int], ...]
-    slice_contexts: tuple[int, ...]
-    prompts: tuple[int, ...]
-    prompt: int
-    chunk: int
-    new: int
-    steps: int
-    repeats: int
-    copied: int = 1 << 30
-    matmul: int = 8192
 
 
 # ---------------------------------------------------------------- the parts
@@ -366,34 +336,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
     parser.add_argument("--shapes", help="ROWSxCONTEXT,... of 'decode', 'int8' and 'twin'")
     return parse(parser, PARTS)
-
-
-def make_setting(options: argparse.Namespace) -> Setting:
-    if options.smoke:
-        config = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
-        return Setting(config, config, ((1, 256), (3, 512)), (512,),
-                       (256, 512, 2048), 1024, 256, 8, 2, 2, 1 << 20, 256)  # fmt: skip
-    shapes = (
-        *((1, n) for n in (1024, 8192, 32_768, 1 << 18, 1 << 20, 4_000_000)),
-        *((rows, 1024) for rows in (2, 4, 8, 16, 32, 64, 128, 256)),
-        (16, 32_768),
-        (64, 8192),
-    )
-    if options.shapes:
-        pairs = [shape.split("x") for shape in options.shapes.split(",")]
-        shapes = tuple((int(rows), int(context)) for rows, context in pairs)
-    return Setting(
-        config=mmx.preset(options.preset),
-        slice_config=mmx.preset("slice-8"),
-        decode=shapes,
-        slice_contexts=(1_000_000, 4_000_000),
-        prompts=(1024, 8192, 32_768, 1 << 17, 1 << 20, 4_000_000),
-        prompt=32_768,
-        chunk=options.chunk,
-        new=256,
-        steps=options.steps,
-        repeats=5,
-    )
 
 
 def main() -> int:

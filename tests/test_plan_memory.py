@@ -20,10 +20,13 @@ from mmx.planning.topology import parse_mesh, parse_topology
 from mmx.planning.walk import live
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import plans  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from benchmarks import plans  # noqa: E402
+from benchmarks.sharded_setting import MESHES  # noqa: E402
 
-MEASURED = json.loads((ROOT / "benchmarks" / "results" / "train_h200.json").read_text())["rows"]
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = json.loads((RESULTS / "train_h200.json").read_text())["rows"]
+TWO = json.loads((RESULTS / "two_devices_h200.json").read_text())["rows"]
 COMPILED = json.loads(plans.RESULTS.read_text())
 
 
@@ -52,6 +55,30 @@ def test_a_step_on_one_h200_is_planned_as_it_was_measured(part):
     assert plan.total == pytest.approx(1e9 * step["program_GB"], rel=0.1)
     flops = sum(part.flops for part in plan.bound.parts) - plan.flops_again
     assert flops == pytest.approx(1e9 * step["model_TFLOPs"] * step["ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "expert"])
+def test_a_step_on_two_h200_is_planned_as_it_was_measured(name):
+    """Peak memory of one of them within 10 %, nothing recomputed."""
+    (measured,) = (row["runtime_GB"] for row in TWO if row.get("memory") == name)
+    (step,) = (row for row in TWO if row.get("part") == name)
+    mesh, chosen = MESHES[name]
+    plan = make_plan(
+        request(
+            name="bench-4b",
+            config=mmx.preset("bench-4b"),
+            mode="train",
+            topology=parse_topology("h200:2x1"),
+            mesh=mesh,
+            chosen_rules=chosen.name,
+            seq=step["length"],
+            batch=step["devices"] * step["rows"],
+            remat=step["remat"],
+            optimizer_dtype=step["moment"],
+            capacity_factor=None,
+        )
+    )
+    assert plan.total == pytest.approx(1e9 * measured, rel=0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in COMPILED if name.startswith("train")])

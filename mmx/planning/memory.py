@@ -56,7 +56,7 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
     """What a traced program needs beside its arguments and their gradients."""
     size = _device_size(program)
     weights = dict(enumerate(program.facts.layer_weights))
-    kept = most = 0.0
+    kept = most = early = 0.0
     head = 0.0
     widened: dict[Any, Any] = {}
     for eqn, inside in _outermost(jaxpr, size):
@@ -78,6 +78,8 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
         scan, body = eqn, eqn.params["jaxpr"].jaxpr
         carried = sum(map(size, scan.invars[carried_by(scan)]))
         most = max(most, carried + _peak(body, size))
+        if program.request.mode == "train" and program.request.remat == "none":
+            early = max(early, _early(body, weights))
         pairs = zip(body.outvars, scan.outvars, strict=True)
         stacked = [inner for inner, outer in pairs if not same_shape(inner, outer)]
         backward = "transpose" in str(scan.source_info.name_stack)
@@ -90,7 +92,24 @@ def work(program: Program, jaxpr: Jaxpr) -> Work:
     largest = sorted(set(_arrays(jaxpr, size, "")), reverse=True)
     stacked = sorted(set(_stacked(jaxpr, size, "")), reverse=True)
     hoisted = sorted(set(_hoisted(jaxpr, size, weights)), reverse=True)
-    return Work(kept, most, largest[:10], stacked[:10], hoisted[:10])
+    return Work(kept, most + early, largest[:10], stacked[:10], hoisted[:10])
+
+
+def _early(body: Jaxpr, weights: dict) -> float:
+    """Bytes of experts' weights, and of their gradients, beside those of the layer at work.
+
+    Unless layers are recomputed nothing holds back the gathering of the other layers' weights in a
+    loop's turn, nor hurries the scattering of their gradients: a compiler that hides messages
+    begins the one early and ends the other late.
+    """
+    layers: dict[Any, float] = {}
+    for experts in body.eqns:
+        for eqn in (inner for one in _bodies(experts) for inner in one.eqns):
+            if eqn.primitive.name == "all_gather" and "gather_experts" in _scope("", eqn):
+                layer = layer_of(experts)
+                layers[layer] = layers.get(layer, 0.0) + sum(map(size_of, eqn.outvars))
+    whole = sum(weights.get(layer, 1) * bytes_ for layer, bytes_ in layers.items())
+    return 2 * (whole - max(layers.values(), default=0))
 
 
 def _constants(jaxpr: Jaxpr) -> set[Any]:
