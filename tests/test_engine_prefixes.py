@@ -156,7 +156,7 @@ def test_state_slots_hold_what_the_row_held():
     prompt = random_tokens(CONFIG, (1, 257), 8)[0].tolist()
     number = engine.submit(prompt, Sampling(max_new_tokens=4))
     engine._let_in()
-    engine._read(engine._at_work[0])
+    engine._read(engine._at_work[0], 256)
     [snapshot] = engine.snapshots._kept.values()
     states = np.asarray(engine.pool.lightning_states[:, engine._at_work[0].row])
     np.testing.assert_array_equal(engine.snapshots.states[:, snapshot.slot], states)
