@@ -67,8 +67,9 @@ class HeldOut:
     def loss(self, params: Params) -> float:
         """Nats a target."""
         compile_together(_summed_loss, params, self._batches[0], **self._loss.keywords)
-        sums = [self._loss(params, batch) for batch in self._batches]
-        total, targets = np.sum([jax.device_get(pair) for pair in sums], axis=0, dtype=np.float64)
+        # One at a time, as in `_continued`.
+        sums = [jax.device_get(self._loss(params, batch)) for batch in self._batches]
+        total, targets = np.sum(sums, axis=0, dtype=np.float64)
         return float(total / max(targets, 1))
 
 
@@ -183,8 +184,10 @@ def _continued(
         if number == 0:
             compile_together(_with_next, *arguments, **how)
         tokens, latest = _with_next(*arguments, **how)
-        drawn.append(latest)
-    return np.stack(jax.device_get(drawn), axis=1)[:batch]
+        # One at a time: on CPU the messages of several programs that are under way can keep all
+        # threads of two processes waiting for each other.
+        drawn.append(jax.device_get(latest))
+    return np.stack(drawn, axis=1)[:batch]
 
 
 @functools.partial(
