@@ -17,7 +17,9 @@ from mmx.inference.pool import PoolShape, init_pool
 from mmx.inference.rows import empty_rows
 from mmx.model import trunk
 from mmx.nn.block import Execution
+from mmx.nn.layers import bind, specs
 from mmx.nn.memory import Pages
+from mmx.nn.moe import MoE
 from mmx.nn.sequence import Sequence
 from pallas_kernels import lightning_decode_step, platform
 from pallas_kernels.lightning_attention import gpu_decode, xla
@@ -186,6 +188,26 @@ def test_model_gives_the_same_with_all_kernels_of_decoding(interpreted):
     states = np.asarray(memory.lightning_states)
     check_close(states[:, runs], np.asarray(wanted_memory.lightning_states)[:, runs], 1e-2, "state")
     assert np.array_equal(states[:, 1], pool.lightning_states[:, 1], equal_nan=True)
+
+
+def test_rows_that_are_no_token_go_to_no_expert(interpreted):
+    """So nothing is read for them: their output is 0, and that of the others theirs alone."""
+    module = MoE(CONFIG)
+    rng = np.random.default_rng(2)
+    params = {
+        name: jnp.asarray(rng.standard_normal(spec.shape) / 8, jnp.bfloat16)
+        for name, spec in specs(module).items()
+        if name != "router"
+    }
+    router = {"kernel": jnp.asarray(rng.standard_normal((64, CONFIG.num_experts)), jnp.float32)}
+    x = jnp.asarray(rng.standard_normal((3, 1, 64)), jnp.bfloat16)
+    real = jnp.asarray([[True], [False], [True]])
+    how = dict(keep_logits=False, implementation=None)
+    out, _ = bind(module, {**params, "router": router})(x, real, **how)
+    every, _ = bind(module, {**params, "router": router})(x, jnp.ones((3, 1), bool), **how)
+    assert np.all(np.asarray(out[1]) == 0)
+    assert np.any(np.asarray(every[1]) != 0)
+    assert np.array_equal(out[::2], every[::2])
 
 
 def test_decode_program_is_made_of_these_kernels(monkeypatch):
