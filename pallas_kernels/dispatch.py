@@ -64,6 +64,16 @@ def select(
     )
 
 
+def with_gradients_of(definition: Callable[..., Any], call: Callable[..., Any]) -> Any:
+    """`call` with the gradients of `definition`, which takes the same arrays, in plain jax."""
+    function = jax.custom_vjp(call)
+    function.defvjp(
+        lambda *arrays: (call(*arrays), arrays),
+        lambda arrays, grads: jax.vjp(definition, *arrays)[1](grads),
+    )
+    return function
+
+
 def concrete(array: jax.Array | np.ndarray) -> np.ndarray | None:
     """The values, or None under jit, where they cannot be looked at."""
     # Through numpy: reducing a concrete jax.Array inside a jit would itself be traced.

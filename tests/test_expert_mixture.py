@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper import interpreted_hopper
 from kernel_cases import FP32, check_close
 
 from mmx.nn.moe import mixing_weights
@@ -18,15 +18,8 @@ BF16 = 2.5e-3  # what is between the two products is rounded to bf16: 2^-9 = 2e-
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """A Hopper GPU of three multiprocessors, interpreted on the CPU.
-
-    The interpreter does not know when a product reads its operands: no race is looked for.
-    """
-    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(platform, "gpu_cores", lambda: 3)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=False)):
+    with interpreted_hopper(monkeypatch, cores=3, detect_races=False):
         yield
-    jax.clear_caches()
 
 
 def case(tokens: int, dim: int, width: int, experts: int, dtype, *, per_token: int = 2):

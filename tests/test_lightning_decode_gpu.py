@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper import interpreted_hopper
 from kernel_cases import FP32, check_close
 from random_models import random_params, small_config
 
@@ -23,7 +23,6 @@ from mmx.nn.moe import MoE
 from mmx.nn.sequence import Sequence
 from pallas_kernels import lightning_decode_step, platform
 from pallas_kernels.lightning_attention import gpu_decode, xla
-from pallas_kernels.paged_attention import gpu_decode as paged_decode
 
 # The interpreter multiplies with numpy, which says so when an operand is NaN; here some are.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
@@ -31,19 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """A Hopper GPU of three multiprocessors, interpreted on the CPU, that looks for races."""
-
-    def add_product(acc, weights, values):
-        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # it has been read, as when a product has been waited for
-        return acc + product
-
-    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(platform, "gpu_cores", lambda: 3)
-    monkeypatch.setattr(paged_decode, "_add_product", add_product)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_hopper(monkeypatch, cores=3, detect_races=True):
         yield
-    jax.clear_caches()
 
 
 def case(rows: int, heads: int, key_dim: int, value_dim: int, layers: int, dtype):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper import interpreted_hopper
 from kernel_cases import check_close
 from test_paged_attention import attend, bits, case, truth
 
@@ -22,19 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """A Hopper GPU of three multiprocessors, interpreted on the CPU, that looks for races."""
-
-    def add_product(acc, weights, values):
-        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # it has been read, as when a product has been waited for
-        return acc + product
-
-    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(platform, "gpu_cores", lambda: 3)
-    monkeypatch.setattr(gpu_decode, "_add_product", add_product)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted_hopper(monkeypatch, cores=3, detect_races=True):
         yield
-    jax.clear_caches()
 
 
 decode = functools.partial(attend, implementation="pallas_gpu")

@@ -1,7 +1,5 @@
 """The public function of the expert mixture: argument checks and the choice of implementation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -66,7 +64,7 @@ def expert_mixture(
     arrays = x, weights, gate, up, down
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays)
     with jax.named_scope(name):
-        return _differentiable(chosen.call, *arrays)
+        return dispatch.with_gradients_of(xla.expert_mixture, chosen.call)(*arrays)
 
 
 def supported(
@@ -74,20 +72,3 @@ def supported(
 ) -> bool:
     """Whether a kernel takes these arguments here, as against the XLA form and its E-fold work."""
     return gpu_hopper.unsupported(x, weights, gate, up, down) is None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call, *arrays):
-    return call(*arrays)
-
-
-def _forward(call, *arrays):
-    return call(*arrays), arrays
-
-
-def _backward(call, arrays, grad):
-    del call
-    return jax.vjp(xla.expert_mixture, *arrays)[1](grad)
-
-
-_differentiable.defvjp(_forward, _backward)

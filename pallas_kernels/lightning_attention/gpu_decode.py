@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import platform
+from pallas_kernels.dispatch import with_gradients_of
 from pallas_kernels.lightning_attention import xla
 
 COLUMNS = 64  # of a worker
@@ -58,7 +59,6 @@ def unsupported_arguments(q: jax.Array, states: jax.Array) -> str | None:
     return None
 
 
-@jax.custom_vjp
 def lightning_decode_step(
     q: Float[Array, "B H K"],
     k: Float[Array, "B H K"],
@@ -70,25 +70,17 @@ def lightning_decode_step(
     continues: Bool[Array, "B"],
 ) -> tuple[Float[Array, "B H V"], Float[Array, "L B H K V"]]:
     """`pallas_kernels.lightning_decode_step` of a layer among several; gradients are XLA's."""
+    step = with_gradients_of(xla.lightning_decode_step, _decode)
+    return step(q, k, v, decay_slopes, states, layer, real, continues)
+
+
+def _decode(q, k, v, decay_slopes, states, layer, real, continues):
     forgotten = jnp.expm1(-decay_slopes.astype(jnp.float32))
     flags = jnp.stack([real, continues], axis=1).astype(jnp.int32)
     # Within the states whatever is asked for, as XLA has it.
     place = jnp.clip(jnp.reshape(layer, (1,)).astype(jnp.int32), 0, states.shape[0] - 1)
     out, states = _step(q, k, v, forgotten, states, place, flags)
     return out.astype(v.dtype), states
-
-
-def _forward(*arguments):
-    return lightning_decode_step(*arguments), arguments
-
-
-def _backward(arguments, grads):
-    arrays, (layer, real, continues) = arguments[:5], arguments[5:]
-    step = functools.partial(xla.lightning_decode_step, layer=layer, real=real, continues=continues)
-    return *jax.vjp(step, *arrays)[1](grads), None, None, None
-
-
-lightning_decode_step.defvjp(_forward, _backward)
 
 
 # A program of its own, so that a model with many layers holds and lowers the kernel once.

@@ -1,7 +1,5 @@
 """The public function of the skinny product: argument checks and the choice of implementation."""
 
-import functools
-
 import jax
 from jaxtyping import Array, Float
 
@@ -47,26 +45,9 @@ def skinny_matmul(
     dispatch.require_one_dtype(name, x=x, **named)
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, *matrices)
     with jax.named_scope(name):
-        return _differentiable(chosen.call, x, *matrices)
+        return dispatch.with_gradients_of(xla.skinny_matmul, chosen.call)(x, *matrices)
 
 
 def supported(x: jax.Array, *matrices: jax.Array) -> bool:
     """Whether a kernel takes these arguments here, as against the XLA form."""
     return gpu_hopper.unsupported(x, *matrices) is None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call, x, *matrices):
-    return call(x, *matrices)
-
-
-def _forward(call, *arrays):
-    return call(*arrays), arrays
-
-
-def _backward(call, arrays, grads):
-    del call
-    return jax.vjp(xla.skinny_matmul, *arrays)[1](grads)
-
-
-_differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,32 @@
+"""A Hopper GPU that is not there: kernels for it run in jax's interpreter, on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import platform
+from pallas_kernels.paged_attention import gpu_decode
+
+
+@contextmanager
+def interpreted_hopper(monkeypatch, *, cores: int, detect_races: bool) -> Iterator[None]:
+    """Kernels take it for their platform meanwhile.
+
+    Races are found between copies, loads and stores. When a product reads its operands the
+    interpreter does not know.
+    """
+
+    def add_product(acc, weights, values):
+        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # it has been read, as when a product has been waited for
+        return acc + product
+
+    monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(platform, "gpu_cores", lambda: cores)
+    monkeypatch.setattr(gpu_decode, "_add_product", add_product)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+        yield
+    jax.clear_caches()
