@@ -21,8 +21,8 @@ from mmx.training.state import abstract_state, init_state
 from mmx.training.step import StepOptions, make_train_step
 from sharding import MeshConfig, rules
 
-# So low that routers stay as they were drawn: one batch again and again would teach them to send
-# all tokens to few experts, and then one of two devices has most of the work.
+# So low that routers stay as they were drawn, and alike in all parts: taught by one batch again and
+# again they drift apart, and how even the experts' work is decides what spreading them can give.
 RATE = LearningRate((constant(1, 1e-9),))
 
 

@@ -40,6 +40,15 @@ def gpu_compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor or 0)
 
 
+def other_than_hopper() -> str | None:
+    """Why a kernel for Hopper GPUs does not run here, or None where it does."""
+    capability = gpu_compute_capability()
+    if capability == (9, 0):
+        return None
+    seen = backend() if capability is None else f"compute capability {capability}"
+    return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
+
+
 def gpu_cores() -> int:
     """Streaming multiprocessors of the GPU; those of an H200 when lowering without one."""
     if backend() != "gpu":

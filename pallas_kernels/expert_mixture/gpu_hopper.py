@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import platform
 from pallas_kernels.skinny_matmul import gpu_hopper as skinny
 from pallas_kernels.skinny_matmul.gpu_hopper import COLUMNS, DEPTH, ROWS, ring
 
@@ -36,7 +37,7 @@ def unsupported(
 ) -> str | None:
     """Why `expert_mixture` cannot take these arguments here, or None."""
     del weights
-    return skinny.platform_unsupported() or skinny.unsupported_arguments(x, gate, up, down)
+    return platform.other_than_hopper() or skinny.unsupported_arguments(x, gate, up, down)
 
 
 def expert_mixture(

@@ -87,11 +87,7 @@ def unsupported(
 ) -> str | None:
     """Why `grouped_matmul` cannot take these arguments here, or None."""
     del group_sizes
-    capability = platform.gpu_compute_capability()
-    if capability != (9, 0):
-        seen = platform.backend() if capability is None else f"compute capability {capability}"
-        return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
-    return unsupported_arguments(x, w)
+    return platform.other_than_hopper() or unsupported_arguments(x, w)
 
 
 def unsupported_arguments(x: Float[Array, "M K"], w: Float[Array, "G K N"]) -> str | None:

@@ -39,11 +39,7 @@ def unsupported(
 ) -> str | None:
     """Why `lightning_decode_step` cannot take these arguments here, or None."""
     del k, v, decay_slopes, layer, real, continues
-    capability = platform.gpu_compute_capability()
-    if capability != (9, 0):
-        seen = platform.backend() if capability is None else f"compute capability {capability}"
-        return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
-    return unsupported_arguments(q, states)
+    return platform.other_than_hopper() or unsupported_arguments(q, states)
 
 
 def unsupported_arguments(q: jax.Array, states: jax.Array) -> str | None:

@@ -60,11 +60,7 @@ def unsupported(
     del value_pages, page_table, positions, scale
     if return_lse:
         return "return_lse"
-    capability = platform.gpu_compute_capability()
-    if capability != (9, 0):
-        seen = platform.backend() if capability is None else f"compute capability {capability}"
-        return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
-    return unsupported_arguments(q, key_pages)
+    return platform.other_than_hopper() or unsupported_arguments(q, key_pages)
 
 
 def unsupported_arguments(

@@ -38,16 +38,7 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 def unsupported(x: Float[Array, "N D"], *matrices: Float[Array, "D O"]) -> str | None:
     """Why `skinny_matmul` cannot take these arguments here, or None."""
-    return platform_unsupported() or unsupported_arguments(x, *matrices)
-
-
-def platform_unsupported() -> str | None:
-    """Why no kernel of this kind runs here, or None."""
-    capability = platform.gpu_compute_capability()
-    if capability == (9, 0):
-        return None
-    seen = platform.backend() if capability is None else f"compute capability {capability}"
-    return f"{seen}: it is written for Hopper GPUs (compute capability 9.0)"
+    return platform.other_than_hopper() or unsupported_arguments(x, *matrices)
 
 
 def unsupported_arguments(x: jax.Array, *matrices: jax.Array) -> str | None:
