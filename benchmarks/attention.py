@@ -31,7 +31,7 @@ from pallas_kernels.softmax_attention import gpu_cudnn, reference, xla
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
 SCALE = 1 / math.sqrt(DIM)
-SHAPES = [(16, 4096), (8, 8192), (4, 16384), (1, 65536)]
+SHAPES = [(16, 4096), (8, 8192), (4, 16384), (1, 65536), (1, 131_072)]
 BLOCK = (1, 16384)
 
 

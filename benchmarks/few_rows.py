@@ -9,9 +9,9 @@
     experts   the mixture of a layer of bench-4b; beside it the bytes of the experts that are chosen
     states    one token of lightning attention, of one layer among 14
 
-Each is timed as layers of one program with matrices of their own, so that the L2 cache holds
-nothing of them; `us` is a layer's share and `of_floor` the rate reached, of a copy's in the same
-run; `experts` is how many are chosen.
+Each is timed as layers of one program, a CUDA graph as in decoding, with matrices of their own, so
+that the L2 cache holds nothing of them; `us` is a layer's share and `of_floor` the rate reached, of
+a copy's in the same run; `experts` is how many are chosen.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.inference.decoding import GRAPHS
 from pallas_kernels import expert_mixture, lightning_decode_step, skinny_matmul
 
 # What goes into the last product and the result of bf16 models are rounded at 2^-9 = 2e-3.
@@ -130,8 +131,16 @@ def exact_mixture(x, weights, gate, up, down):
 
 def timed(report: Report, setting: Setting, step: Any, carry: Any, layers: Any, size: float,
           bandwidth: float, **about: Any) -> None:  # fmt: skip
-    """A row: a layer's share of a scan over all of them, and of the time its bytes would take."""
-    run = jax.jit(lambda carry, layers: jax.lax.scan(step, carry, layers)[0])
+    """A row: a layer's share of all of them one after the other, and of its bytes' time."""
+
+    @functools.partial(jax.jit, compiler_options=GRAPHS)
+    def run(carry, layers):
+        for layer in layers:
+            carry = step(carry, layer)
+        return carry
+
+    # Arrays of their own: what is cut out of a stacked one may be copied before it is read.
+    layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(setting.layers)]
     us = 1e3 * milliseconds(run, carry, layers) / setting.layers
     report.add(**about, us=us, GBps=size / us / 1e3, of_floor=size / us / 1e3 / bandwidth)
 
@@ -148,7 +157,9 @@ def products(report: Report, setting: Setting, bandwidth: float) -> None:
 
                 def step(x, layer, implementation=implementation):
                     results = skinny_matmul(x, *layer, implementation=implementation)
-                    return results[-1][:, : x.shape[1]].astype(x.dtype), None
+                    # All columns are read: XLA would leave out the others.
+                    joined = jnp.concatenate(results, axis=1).reshape(x.shape[0], -1, x.shape[1])
+                    return jnp.sum(joined, axis=1).astype(x.dtype)
 
                 x = random((rows, setting.embed), 1)
                 size = sum(m.nbytes for m in matrices) / setting.layers
@@ -163,7 +174,7 @@ def experts(report: Report, setting: Setting, bandwidth: float) -> None:
 
         def step(x, layer):
             out = expert_mixture(x, *layer, implementation=setting.implementation)
-            return x + (0.1 * out).astype(x.dtype), None
+            return x + (0.1 * out).astype(x.dtype)
 
         chosen = float(np.mean(np.any(np.asarray(weights) != 0, axis=1)))
         size = chosen * sum(m.nbytes for m in matrices) / setting.layers
@@ -182,7 +193,7 @@ def states(report: Report, setting: Setting, bandwidth: float) -> None:
             out, held = lightning_decode_step(
                 x, x, x, slopes, held, layer=layer, implementation=setting.implementation
             )
-            return (1e-3 * out, held), None
+            return 1e-3 * out, held
 
         x = random((rows, setting.heads, setting.head_dim), 1)
         layers = jnp.arange(setting.layers)

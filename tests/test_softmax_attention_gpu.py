@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import cudnn_simulator
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,9 @@ def _run(implementation):
                 q, k, v, segment_ids=ids, return_lse=True, implementation=implementation
             )
 
-        (out, lse), back = jax.vjp(attend, q, k, v)
-        return out, lse, *back((grad, jnp.zeros_like(lse)))
+        # The log-sum-exp without a gradient, which would take the XLA form's backward pass.
+        out, back, lse = jax.vjp(attend, q, k, v, has_aux=True)
+        return out, lse, *back(grad)
 
     return run
 
@@ -82,11 +85,11 @@ def test_pieces_of_a_packed_row_equal_the_xla_form(simulated):
             def attend(q, k, v):
                 return softmax_attention(q, k, v, return_lse=True, **static)
 
-            (out, lse), back = jax.vjp(attend, q, *keys)
+            out, back, lse = jax.vjp(attend, q, *keys, has_aux=True)
             # As if there were other keys of as much weight, which gave 0.
             merged = (0.5 * out, lse + jnp.log(2.0), grad)
             ring = attention_block_backward(q, *keys, *merged, **static)
-            return out, lse, *back((grad, jnp.zeros_like(lse))), *ring
+            return out, lse, *back(grad), *ring
 
         return run
 
@@ -135,6 +138,39 @@ def test_samples_go_to_cudnn_some_at_a_time(name, simulated, monkeypatch):
 @pytest.mark.parametrize("case", **named(SERVED))
 def test_ids_in_the_program_equal_the_definition(case, simulated):
     check_softmax(case, jnp.bfloat16, implementation="cudnn", tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize(("length", "calls"), [(16, 1), (32, 2), (64, 3), (34, 2), (33, 1)])
+def test_long_rows_by_halves_equal_the_xla_form(length, calls, simulated, monkeypatch):
+    """33 tokens are odd and not cut, and of 34 the halves are not cut again."""
+    monkeypatch.setattr(gpu_cudnn, "WHOLE", 16)
+    lengths = []
+
+    def bind(*operands, original=gpu_cudnn.cudnn._dot_product_attention_fwd_p_wrapper, **static):
+        lengths.append((static["mask_type"].name, operands[0].shape[:2]))
+        return original.bind(*operands, **static)
+
+    monkeypatch.setattr(
+        gpu_cudnn.cudnn, "_dot_product_attention_fwd_p_wrapper", SimpleNamespace(bind=bind)
+    )
+    rng = np.random.default_rng(length)
+    q, k, v, grad = (
+        jnp.asarray(rng.standard_normal((2, length, heads, 8)), jnp.bfloat16)
+        for heads in (4, 2, 2, 4)
+    )
+
+    def run(implementation):
+        def attend(q, k, v):
+            return softmax_attention(q, k, v, return_lse=True, implementation=implementation)
+
+        out, back, lse = jax.vjp(attend, q, k, v, has_aux=True)
+        return out, lse, *back(grad)
+
+    seen, wanted = run("cudnn"), run("xla")
+    for a, b, what in zip(seen, wanted, ("out", "lse", "dq", "dk", "dv"), strict=True):
+        check_close(np.asarray(a, np.float64), np.asarray(b, np.float64), TOLERANCE, what)
+    assert lengths[0] == ("CAUSAL", (2 << (calls - 1), length >> (calls - 1)))
+    assert len(lengths) == calls
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])

@@ -31,6 +31,9 @@ MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_PACKED = (9, 0)
 # Stands for the log-sum-exp of a query that saw nothing: exp(score - this) is 0, and no NaN.
 NOTHING_SEEN = 1e30
+# Tokens of a row up to which causal attention is one call. cuDNN is slower on longer rows, whose
+# keys and values L2 does not hold: 526 TFLOP/s for 128K tokens forward and backward, 560 by halves.
+WHOLE = 1 << 16
 MAX_SAMPLES = 64  # of a row in one call; each costs launches of tiles that find nothing to do
 MIN_SAMPLES = 2  # jax's bindings take one sample a row for a whole row and ignore where it begins
 STATISTICS_BYTES = 1 << 30  # of one forward call for packed rows
@@ -158,6 +161,8 @@ def _packed_ids(q, k, segment_ids, kv_segment_ids):
 
 
 def _attend_primal(mask: _Mask, q, k, v, q_length, kv_length) -> tuple[jax.Array, jax.Array]:
+    if _by_halves(mask, q, k):
+        return _attend_halves(mask, q, k, v)
     out, lse = cudnn._dot_product_attention_fwd_p_wrapper.bind(
         *_operands(q, k, v, q_length, kv_length), **_parameters(mask), is_training=True
     )
@@ -170,6 +175,55 @@ def _attend_primal(mask: _Mask, q, k, v, q_length, kv_length) -> tuple[jax.Array
 
 
 _attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(0,))
+
+
+def _by_halves(mask: _Mask, q, k) -> bool:
+    """Whether a call is cut: each half with its own keys, and the second with the first's."""
+    length = q.shape[1]
+    whole = length <= WHOLE or length % 2 or k.shape[1] != length
+    return mask.causal and not mask.padded and not whole
+
+
+def _halves_as_rows(x: Float[Array, "B T ..."]) -> Float[Array, "2B T/2 ..."]:
+    return x.reshape(2 * x.shape[0], x.shape[1] // 2, *x.shape[2:])
+
+
+def _half(x: Float[Array, "B T ..."], which: int) -> Float[Array, "B T/2 ..."]:
+    return jnp.split(x, 2, axis=1)[which]
+
+
+def _attend_halves(mask: _Mask, q, k, v) -> tuple[jax.Array, jax.Array]:
+    own = _attend_primal(mask, *map(_halves_as_rows, (q, k, v)), None, None)
+    out, lse = (x.reshape(*q.shape[:2], *x.shape[2:]) for x in own)
+    everything = mask._replace(causal=False)
+    before = _attend_primal(everything, _half(q, 1), _half(k, 0), _half(v, 0), None, None)
+    parts = (_half(out, 1), _half(lse, 1)), before
+    total = jnp.logaddexp(*(part_lse for _, part_lse in parts))
+    merged = sum(part * jnp.exp(part_lse - total)[..., None] for part, part_lse in parts)
+    second = merged.astype(out.dtype), total  # in fp32 until here
+    return tuple(
+        jnp.concatenate([_half(x, 0), y], axis=1) for x, y in zip((out, lse), second, strict=True)
+    )
+
+
+def _backward_halves(mask: _Mask, q, k, v, out, lse, grad_out) -> list[jax.Array]:
+    arrays = (q, k, v, out, lse, grad_out)
+    own = _backward(mask, *map(_halves_as_rows, arrays), None, None)
+    queries, *later = (_half(x, 1) for x in (q, out, lse, grad_out))
+    earlier = (_half(k, 0), _half(v, 0))
+    everything = mask._replace(causal=False)
+    more = _backward(everything, queries, *earlier, *later, None, None)
+    length, wide = q.shape[1] // 2, jnp.float32
+    return [
+        jax.lax.dynamic_update_slice_in_dim(
+            grad, (_half(grad, half).astype(wide) + x.astype(wide)).astype(x.dtype),
+            half * length, axis=1,
+        )
+        for grad, x, half in zip(
+            (g.reshape(x.shape) for g, x in zip(own, (q, k, v), strict=True)),
+            more, (1, 0, 0), strict=True,
+        )
+    ]  # fmt: skip
 
 
 def _seen(q, q_length, kv_length):
@@ -225,6 +279,8 @@ _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _backward(mask: _Mask, q, k, v, out, lse, grad_out, q_length, kv_length):
+    if _by_halves(mask, q, k):
+        return _backward_halves(mask, q, k, v, out, lse, grad_out)
     if mask.padded:
         grad_out = jnp.where(_seen(q, q_length, kv_length)[..., None], grad_out, 0)
     return cudnn._dot_product_attention_bwd_p_wrapper.bind(
