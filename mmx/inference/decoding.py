@@ -18,12 +18,14 @@ from mmx.nn.quantized import axes_of
 from mmx.nn.sequence import Sequence
 from sharding import Partition, constrain, named
 
-# A step is some 600 kernels of a few microseconds. On a GPU, where a launch takes as long, the loop
-# over the layers goes into CUDA graphs with the rest; other backends know nothing of these.
-_GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE CONDITIONAL"
+# A step is some hundreds of kernels of a few microseconds. On a GPU, where a launch takes as long,
+# the loop over the layers goes into CUDA graphs with the rest; other backends know nothing of these.
+# Neither conditionals nor unrolled loops: with the first a step is slower by 0.1 of 1.5 ms, and of
+# the second jaxlib 0.11.2 cannot record one with a loop inside, which the XLA forms have.
+_GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE"
 GRAPHS = {
     "xla_gpu_enable_command_buffer": _GRAPHED.replace(" ", ","),
-    "xla_gpu_command_buffer_unroll_loops": True,
+    "xla_gpu_command_buffer_unroll_loops": False,
     "xla_gpu_graph_min_graph_size": 2,
 }
 PADDED = (32, 64, 128, 256)  # lengths to which the last chunk of a prompt is padded
