@@ -7,6 +7,7 @@
               launches with the same bits
     products  the projections of bench-4b, beside XLA's own product
     experts   the mixture of a layer of bench-4b; beside it the bytes of the experts that are chosen
+    int8      both with int8 matrices
     states    one token of lightning attention, of one layer among 14
 
 Each is timed as layers of one program, a CUDA graph as in decoding, with matrices of their own, so
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.inference.decoding import GRAPHS
+from mmx.nn.quantized import quantized
 from pallas_kernels import expert_mixture, lightning_decode_step, skinny_matmul
 
 # What goes into the last product and the result of bf16 models are rounded at 2^-9 = 2e-3.
@@ -78,6 +80,12 @@ def matrices_of(setting: Setting, layers: int) -> list[jax.Array]:
     ]
 
 
+def in_int8(matrices: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Values and scales of matrices whose inputs are the last axis but one."""
+    held = [jax.jit(quantized, static_argnums=1)(m, (m.ndim - 2,)) for m in matrices]
+    return [h.values for h in held], [h.scale for h in held]
+
+
 def error(seen: Any, wanted: Any) -> float:
     """Relative, and infinite where one is NaN."""
     seen, wanted = (np.asarray(x).astype(np.float64) for x in (seen, wanted))
@@ -85,13 +93,15 @@ def error(seen: Any, wanted: Any) -> float:
     return found if np.isfinite(found) else float("inf")
 
 
-def repeats(report: Report, what: str, rows: int, run: Any, wanted: Any, launches: int) -> None:
+def repeats(
+    report: Report, what: str, rows: int, run: Any, wanted: Any, launches: int, **about: Any
+) -> None:
     """A row: the error of a result, and whether other launches give the same bits."""
     first = np.asarray(run())
     alike = all(np.array_equal(first, np.asarray(run())) for _ in range(launches - 1))
     worst = error(first, wanted)
     good = worst <= LIMIT[what] and alike
-    report.add(check=what, rows=rows, error=worst, alike=alike, launches=launches,
+    report.add(check=what, **about, rows=rows, error=worst, alike=alike, launches=launches,
                verdict="ok" if good else "WRONG")  # fmt: skip
 
 
@@ -103,6 +113,12 @@ def check(report: Report, setting: Setting) -> None:
         wanted = jnp.dot(*(a.astype(jnp.float32) for a in (x, matrix)), precision="highest")
         call = jax.jit(lambda x, m: skinny_matmul(x, m, **how)[0])
         repeats(report, "products", rows, functools.partial(call, x, matrix), wanted, launches)
+        (values,), (scale,) = in_int8([matrix])
+        exact = values * scale
+        wanted = jnp.dot(x.astype(jnp.float32), exact, precision="highest")
+        call = jax.jit(lambda x, m, s: skinny_matmul(x, m, scales=[s[0]], **how)[0])
+        run = functools.partial(call, x, values, scale)
+        repeats(report, "products", rows, run, wanted, launches, weights="int8")
 
         weights, matrices = weights_of(setting, rows, 1)[0], matrices_of(setting, 1)
         unread = np.flatnonzero(np.asarray(weights).sum(0) == 0)
@@ -112,6 +128,13 @@ def check(report: Report, setting: Setting) -> None:
         call = jax.jit(lambda *a: expert_mixture(*a, **how))
         run = functools.partial(call, x, weights, *spoilt)
         repeats(report, "experts", rows, run, wanted, launches)
+        values, scales = in_int8([m[0] for m in matrices])
+        clean = [v * s for v, s in zip(values, scales, strict=True)]
+        wanted = exact_mixture(x.astype(jnp.float32), weights, *clean)
+        spoilt = [s.at[unread].set(jnp.nan) if unread.size else s for s in scales]
+        call = jax.jit(lambda s, *a: expert_mixture(*a, scales=s, **how))
+        run = functools.partial(call, spoilt, x, weights, *values)
+        repeats(report, "experts", rows, run, wanted, launches, weights="int8")
 
         q, k, v = (random((rows, setting.heads, setting.head_dim), 3 + i) for i in range(3))
         shape = (2, rows, setting.heads, setting.head_dim, setting.head_dim)
@@ -183,6 +206,32 @@ def experts(report: Report, setting: Setting, bandwidth: float) -> None:
               experts=chosen * setting.experts, rows=rows)  # fmt: skip
 
 
+def int8(report: Report, setting: Setting, bandwidth: float) -> None:
+    inner, how = setting.heads * setting.head_dim, {"implementation": setting.implementation}
+    wide = random((setting.layers, setting.embed, 3 * inner), 1)
+    held, scale = in_int8([wide])
+    matrices, scales = in_int8(matrices_of(setting, setting.layers))
+    for rows in setting.rows:
+        x, weights = random((rows, setting.embed), 1), weights_of(setting, rows, setting.layers)
+
+        def product(x, layer):
+            (out,) = skinny_matmul(x, layer[0], scales=[layer[1][0]], **how)
+            return jnp.sum(out.reshape(x.shape[0], -1, x.shape[1]), axis=1).astype(x.dtype)
+
+        timed(report, setting, product, x, (*held, *scale), held[0].nbytes / setting.layers,
+              bandwidth, products="qkv", weights="int8", rows=rows, **how)  # fmt: skip
+
+        def mixture(x, layer):
+            weights, matrices, scales = layer
+            out = expert_mixture(x, weights, *matrices, scales=scales, **how)
+            return x + (0.1 * out).astype(x.dtype)
+
+        chosen = float(np.mean(np.any(np.asarray(weights) != 0, axis=1)))
+        size = chosen * sum(m.nbytes for m in matrices) / setting.layers
+        timed(report, setting, mixture, x, (weights, matrices, scales), size, bandwidth,
+              experts=chosen * setting.experts, weights="int8", rows=rows)  # fmt: skip
+
+
 def states(report: Report, setting: Setting, bandwidth: float) -> None:
     for rows in setting.rows:
         shape = (setting.layers, rows, setting.heads, setting.head_dim, setting.head_dim)
@@ -201,7 +250,7 @@ def states(report: Report, setting: Setting, bandwidth: float) -> None:
               bandwidth, states=rows)  # fmt: skip
 
 
-PARTS = {"check": check, "products": products, "experts": experts, "states": states}
+PARTS = dict(check=check, products=products, experts=experts, int8=int8, states=states)
 
 
 def main(arguments: list[str] | None = None) -> None:

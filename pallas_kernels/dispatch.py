@@ -121,3 +121,17 @@ def require_shape(operation: str, name: str, array: jax.Array, wanted: tuple[int
     """Raise ValueError unless `array` has the shape `wanted`."""
     if array.shape != wanted:
         raise ValueError(f"{operation}: {name} has shape {array.shape}; it must be {wanted}")
+
+
+def require_int8(
+    operation: str,
+    matrices: Sequence[tuple[tuple[str, jax.Array], jax.Array, tuple[int, ...]]],
+) -> None:
+    """Raise ValueError unless each ((name, matrix), scale, shape of a scale) is int8 and fp32."""
+    for (name, matrix), scale, shape in matrices:
+        if matrix.dtype != jnp.int8 or scale.dtype != jnp.float32:
+            raise ValueError(
+                f"{operation}: {name} has dtype {matrix.dtype} and its scale {scale.dtype}; with "
+                "scales they must be int8 and float32"
+            )
+        require_shape(operation, f"the scale of {name}", scale, shape)

@@ -8,6 +8,7 @@ from hopper import interpreted_hopper
 from kernel_cases import FP32, check_close
 
 from mmx.nn.moe import mixing_weights
+from mmx.nn.quantized import quantized
 from pallas_kernels import expert_mixture, expert_mixture_supported, platform
 from pallas_kernels.expert_mixture import gpu_hopper, xla
 
@@ -34,6 +35,15 @@ def case(tokens: int, dim: int, width: int, experts: int, dtype, *, per_token: i
         weights[token, rng.permutation(among)[:per_token]] = rng.uniform(0.1, 0.9, per_token)
     x, *matrices = (jnp.asarray(array, dtype) for array in (x, gate, up, down))
     return x, jnp.asarray(weights), *matrices
+
+
+def in_int8(tokens: int, dim: int, width: int, experts: int):
+    """The same with int8 matrices, their scales, and what these are in fp32."""
+    x, weights, *matrices = case(tokens, dim, width, experts, jnp.float32)
+    held = [quantized(matrix, (1,)) for matrix in matrices]
+    exact = [one.values * one.scale for one in held]
+    x = x.astype(jnp.bfloat16)
+    return (x, weights, *(h.values for h in held)), [h.scale for h in held], (x, weights, *exact)
 
 
 def truth(x, weights, gate, up, down):
@@ -63,6 +73,20 @@ def test_kernels(tokens, dim, width, experts, interpreted):
     arrays = case(tokens, dim, width, experts, jnp.bfloat16)
     assert expert_mixture_supported(*arrays)
     check_close(expert_mixture(*arrays), truth(*arrays), BF16, "output")
+
+
+def test_xla_form_in_int8():
+    arrays, scales, exact = in_int8(5, 24, 40, 6)
+    check_close(expert_mixture(*arrays, scales=scales), truth(*exact), BF16, "output")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "width", "experts"), [(1, 64, 64, 4), (3, 384, 128, 5), (64, 128, 448, 4)]
+)
+def test_kernels_in_int8(tokens, dim, width, experts, interpreted):
+    arrays, scales, exact = in_int8(tokens, dim, width, experts)
+    assert expert_mixture_supported(*arrays)
+    check_close(expert_mixture(*arrays, scales=scales), truth(*exact), BF16, "output")
 
 
 def test_nothing_reaches_a_token_but_its_own_choices(interpreted):
@@ -101,15 +125,19 @@ def test_gradients_are_those_of_the_definition(interpreted):
         assert np.any(np.asarray(seen) != 0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize(("dim", "width", "experts"), [(2048, 4096, 8), (6144, 9216, 32)])
-def test_kernels_lower_for_cuda(dim, width, experts, tokens):
-    def spec(*shape, dtype=jnp.bfloat16):
+def test_kernels_lower_for_cuda(dim, width, experts, tokens, dtype):
+    def spec(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    matrices = (spec(experts, dim, width), spec(experts, dim, width), spec(experts, width, dim))
-    arrays = spec(tokens, dim), spec(tokens, experts, dtype=jnp.float32), *matrices
-    text = jax.jit(gpu_hopper.expert_mixture).trace(*arrays)
+    shapes = (experts, dim, width), (experts, dim, width), (experts, width, dim)
+    matrices = [spec(*shape, dtype=dtype) for shape in shapes]
+    scales = [spec(experts, 1, shape[2]) for shape in shapes if dtype == jnp.int8]
+    arrays = spec(tokens, dim, dtype=jnp.bfloat16), spec(tokens, experts), *matrices
+    run = jax.jit(lambda arrays, scales: gpu_hopper.expert_mixture(*arrays, scales=scales or None))
+    text = run.trace(arrays, scales)
     assert text.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
 
 
@@ -162,3 +190,22 @@ def test_bad_arguments(index, array, message):
     arrays[index] = array
     with pytest.raises(ValueError, match=f"^expert_mixture: .*{message}"):
         expert_mixture(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "gate has dtype float32 and its scale float32; with scales they must be int8"),
+        (
+            dict(dtype=jnp.int8),
+            r"the scale of down has shape \(3, 1, 32\); it must be \(3, 1, 64\)",
+        ),
+    ],
+)
+def test_bad_scales(change, message):
+    shapes = (3, 64, 32), (3, 64, 32), (3, 32, 64)
+    matrices = [jnp.zeros(shape, **change) for shape in shapes]
+    with pytest.raises(ValueError, match=f"^expert_mixture: .*{message}"):
+        expert_mixture(
+            jnp.zeros((2, 64)), jnp.zeros((2, 3)), *matrices, scales=[jnp.zeros((3, 1, 32))] * 3
+        )

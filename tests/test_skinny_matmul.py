@@ -26,6 +26,22 @@ def operands(rows: int, inner: int, widths: tuple[int, ...], dtype):
     return x, [jnp.asarray(rng.standard_normal((inner, n)), dtype) for n in widths]
 
 
+def in_int8(rows: int, inner: int, widths: tuple[int, ...]):
+    """bf16 rows, int8 matrices with all values there are, and scales from 1e-4 to 1."""
+    rng = np.random.default_rng(rows)
+    x = jnp.asarray(rng.standard_normal((rows, inner)), jnp.bfloat16)
+    matrices = [jnp.asarray(rng.integers(-128, 128, (inner, n)), jnp.int8) for n in widths]
+    return x, matrices, [jnp.asarray(10 ** rng.uniform(-4, 0, n), jnp.float32) for n in widths]
+
+
+def check_int8(results, x, matrices, scales) -> None:
+    for result, matrix, scale in zip(results, matrices, scales, strict=True):
+        assert result.dtype == jnp.float32
+        product = np.asarray(x, np.float64) @ np.asarray(matrix, np.float64)
+        # Divided by the scale: else only columns with the largest would count.
+        check_close(result / scale, product, FP32, "product")
+
+
 def check(results, x, matrices) -> None:
     for i, (result, matrix) in enumerate(zip(results, matrices, strict=True)):
         assert result.dtype == jnp.float32
@@ -48,6 +64,22 @@ def test_kernel(rows, inner, widths, interpreted):
     x, matrices = operands(rows, inner, widths, jnp.bfloat16)
     assert skinny_matmul_supported(x, *matrices)
     check(skinny_matmul(x, *matrices), x, matrices)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_xla_form_in_int8(dtype):
+    x, matrices, scales = in_int8(3, 40, (24, 7))
+    x = x.astype(dtype)
+    check_int8(skinny_matmul(x, *matrices, scales=scales), x, matrices, scales)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "widths"), [(1, 64, (64,)), (64, 384, (128, 64, 64)), (9, 512, (192,))]
+)
+def test_kernel_in_int8(rows, inner, widths, interpreted):
+    x, matrices, scales = in_int8(rows, inner, widths)
+    assert skinny_matmul_supported(x, *matrices)
+    check_int8(skinny_matmul(x, *matrices, scales=scales), x, matrices, scales)
 
 
 def test_rows_do_not_meet(interpreted):
@@ -80,11 +112,14 @@ def test_gradients_are_those_of_the_products(interpreted):
     ("inner", "widths"),
     [(2048, (6144, 2048)), (2048, (2048, 512, 512)), (6144, (24576, 8192)), (8192, (6144,))],
 )
-def test_kernel_lowers_for_cuda(inner, widths, rows):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_kernel_lowers_for_cuda(inner, widths, rows, dtype):
     x = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16)
-    matrices = [jax.ShapeDtypeStruct((inner, n), jnp.bfloat16) for n in widths]
+    matrices = [jax.ShapeDtypeStruct((inner, n), dtype) for n in widths]
+    scales = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in widths if dtype == jnp.int8]
     assert gpu_hopper.unsupported_arguments(x, *matrices) is None
-    lowered = jax.jit(gpu_hopper.skinny_matmul).trace(x, *matrices)
+    run = jax.jit(lambda x, m, s: gpu_hopper.skinny_matmul(x, *m, scales=s or None))
+    lowered = run.trace(x, matrices, scales)
     assert "mosaic_gpu" in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -111,6 +146,8 @@ def test_refusals_say_what_to_use_instead(monkeypatch):
     assert "cpu: it is written for Hopper" in refusal(x, matrix)
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
     assert "dtype float32" in refusal(x.astype(jnp.float32), matrix.astype(jnp.float32))
+    mixed = gpu_hopper.unsupported(x, matrix, matrix.astype(jnp.int8))
+    assert mixed == "a matrix of dtype int8: all must be bfloat16, or all int8"
     assert "65 rows: at most 64" in refusal(jnp.zeros((65, 64), jnp.bfloat16), matrix)
     assert "multiples of 64" in refusal(x, matrix[:, :40])
     assert "empty operand" in refusal(x[:0], matrix)
@@ -124,9 +161,15 @@ def test_refusals_say_what_to_use_instead(monkeypatch):
         (dict(matrices=()), "one or more"),
         (dict(matrices=(jnp.zeros((32, 64)),)), r"matrix 0 has shape \(32, 64\)"),
         (dict(matrices=(jnp.zeros((64, 8), jnp.bfloat16),)), "dtypes disagree"),
+        (dict(matrices=(jnp.zeros((64, 8), jnp.int8),)), "matrix 0 has dtype int8"),
+        (dict(scales=[jnp.zeros(8)]), "matrix 0 has dtype float32 and its scale float32; with"),
+        (
+            dict(matrices=(jnp.zeros((64, 8), jnp.int8),), scales=[jnp.zeros(1)]),
+            r"the scale of matrix 0 has shape \(1,\); it must be \(8,\)",
+        ),
     ],
 )
 def test_bad_arguments(change, message):
     arguments = {"x": jnp.zeros((2, 64)), "matrices": (jnp.zeros((64, 8)),), **change}
     with pytest.raises(ValueError, match=f"^skinny_matmul: .*{message}"):
-        skinny_matmul(arguments["x"], *arguments["matrices"])
+        skinny_matmul(arguments["x"], *arguments["matrices"], scales=arguments.get("scales"))

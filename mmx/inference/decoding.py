@@ -19,7 +19,7 @@ from mmx.nn.sequence import Sequence
 from sharding import Partition, constrain, named
 
 # A step is some hundreds of kernels of a few microseconds. On a GPU, where a launch takes as long,
-# the loop over the layers goes into CUDA graphs with the rest; other backends know nothing of these.
+# the loop over the layers goes into CUDA graphs with the rest; other backends ignore the options.
 # Neither conditionals nor unrolled loops: with the first a step is slower by 0.1 of 1.5 ms, and of
 # the second jaxlib 0.11.2 cannot record one with a loop inside, which the XLA forms have.
 _GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE"

@@ -85,19 +85,28 @@ def project_together(x: Float[Array, "B T ..."], *products: Product, skinny: boo
     skinny: they are few and whole on one device, so `pallas_kernels.skinny_matmul` may take all
     products in one kernel. The result is the same up to the order of summation.
     """
-    kernels = [one.kernel.astype(x.dtype) for one in products if not isinstance(one.kernel, Int8)]
-    if skinny and len(kernels) == len(products):
+    kinds = {isinstance(one.kernel, Int8) for one in products}
+    if skinny and len(kinds) == 1:
         rows = x.reshape(x.shape[0] * x.shape[1], -1)
+        kernels, scales = zip(*(as_read(one.kernel, x.dtype) for one in products), strict=True)
         matrices = [kernel.reshape(rows.shape[1], -1) for kernel in kernels]
         if skinny_matmul_supported(rows, *matrices):
-            results = zip(products, kernels, skinny_matmul(rows, *matrices), strict=True)
+            scales = [scale.reshape(-1) for scale in scales] if kinds == {True} else None
+            results = skinny_matmul(rows, *matrices, scales=scales)
             return [
                 result.reshape(*x.shape[:2], *kernel.shape[x.ndim - 2 :]).astype(
                     product.out_dtype or x.dtype
                 )
-                for product, kernel, result in results
+                for product, kernel, result in zip(products, kernels, results, strict=True)
             ]
     return [project(one.subscripts, x, one.kernel, out_dtype=one.out_dtype) for one in products]
+
+
+def as_read(kernel: Array | Int8, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    """A matrix as operations read it, int8 or cast to `dtype`, and the scale of one in int8."""
+    if isinstance(kernel, Int8):
+        return kernel.values, kernel.scale
+    return kernel.astype(dtype), None
 
 
 def project_groups(

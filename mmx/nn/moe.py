@@ -145,12 +145,13 @@ class MoE(nnx.Module):
 
     def _few_tokens(self, x, probabilities, real) -> Float[Array, "B 1 D"] | None:
         """The same for a token a row, where a kernel needs them not sorted; None elsewhere."""
-        matrices = [getattr(self, name)[...] for name in _AXES]
-        if any(isinstance(matrix, quantized.Int8) for matrix in matrices):
-            return None
+        kernels = [getattr(self, name)[...] for name in _AXES]
+        matrices, scales = zip(*(functional.as_read(w, x.dtype) for w in kernels), strict=True)
         weights = mixing_weights(probabilities, self.router.num_experts_per_tok)
-        arrays = x, jnp.where(real, weights, 0), *(matrix.astype(x.dtype) for matrix in matrices)
-        return expert_mixture(*arrays)[:, None] if expert_mixture_supported(*arrays) else None
+        arrays = x, jnp.where(real, weights, 0), *matrices
+        if not expert_mixture_supported(*arrays):
+            return None
+        return expert_mixture(*arrays, scales=None if None in scales else scales)[:, None]
 
     def _experts(
         self, x, weights, experts, real, implementation, capacity_factor, recompute, partition

@@ -1,8 +1,10 @@
 """The public function of the expert mixture: argument checks and the choice of implementation."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.expert_mixture import gpu_hopper, xla
@@ -16,10 +18,11 @@ IMPLEMENTATIONS = (
 def expert_mixture(
     x: Float[Array, "N D"],
     weights: Float[Array, "N E"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Int[Array, "E D F"],
+    up: Float[Array, "E D F"] | Int[Array, "E D F"],
+    down: Float[Array, "E F D"] | Int[Array, "E F D"],
     *,
+    scales: Sequence[Float[Array, "E 1 _"]] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
     """Send few tokens through gated experts and mix what these give.
@@ -35,7 +38,9 @@ def expert_mixture(
     Args:
       x: bf16 or fp32 tokens.
       weights: fp32.
-      gate, up, down: one matrix an expert, of the dtype of `x`.
+      gate, up, down: one matrix an expert, of the dtype of `x`; or all int8, for inference: then
+        each column of a product is multiplied by its scale, in fp32, and there are no gradients.
+      scales: of gate, up and down, fp32, with int8 and only then.
       implementation: 'pallas_gpu' (Hopper, bf16, at most 64 tokens, sizes that are multiples of 64;
         experts nobody chose are not read), 'xla' (every expert for every token), or None for the
         first that takes these arguments. `supported` says which it is.
@@ -58,12 +63,20 @@ def expert_mixture(
     dispatch.require_shape(name, "up", up, (experts, dim, width))
     dispatch.require_shape(name, "down", down, (experts, width, dim))
     dispatch.require_shape(name, "weights", weights, (x.shape[0], experts))
-    dispatch.require_one_dtype(name, x=x, gate=gate, up=up, down=down)
+    matrices = dict(gate=gate, up=up, down=down)
+    if scales is None:
+        dispatch.require_one_dtype(name, x=x, **matrices)
+    else:
+        dispatch.require_floating(name, x=x)
+        shapes = [(experts, 1, matrix.shape[2]) for matrix in matrices.values()]
+        dispatch.require_int8(name, list(zip(matrices.items(), scales, shapes, strict=True)))
     if weights.dtype != jnp.float32:
         raise ValueError(f"{name}: weights have dtype {weights.dtype}; they must be float32")
     arrays = x, weights, gate, up, down
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, *arrays)
     with jax.named_scope(name):
+        if scales is not None:
+            return chosen.call(*arrays, scales=scales)
         return dispatch.with_gradients_of(xla.expert_mixture, chosen.call)(*arrays)
 
 

@@ -12,6 +12,7 @@ A token's result depends on no other token: rows of a product do not meet, and a
 choose adds nothing.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import platform
 from pallas_kernels.skinny_matmul import gpu_hopper as skinny
-from pallas_kernels.skinny_matmul.gpu_hopper import COLUMNS, DEPTH, ROWS, ring
+from pallas_kernels.skinny_matmul.gpu_hopper import COLUMNS, DEPTH, ROWS, staging
 
 SLOTS = 4  # of the ring, of three tiles
 
@@ -31,9 +32,9 @@ SLOTS = 4  # of the ring, of three tiles
 def unsupported(
     x: Float[Array, "N D"],
     weights: Float[Array, "N E"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Int[Array, "E D F"],
+    up: Float[Array, "E D F"] | Int[Array, "E D F"],
+    down: Float[Array, "E F D"] | Int[Array, "E F D"],
 ) -> str | None:
     """Why `expert_mixture` cannot take these arguments here, or None."""
     del weights
@@ -43,14 +44,17 @@ def unsupported(
 def expert_mixture(
     x: Float[Array, "N D"],
     weights: Float[Array, "N E"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Int[Array, "E D F"],
+    up: Float[Array, "E D F"] | Int[Array, "E D F"],
+    down: Float[Array, "E F D"] | Int[Array, "E F D"],
+    *,
+    scales: Sequence[Float[Array, "E 1 _"]] | None = None,
 ) -> Float[Array, "N D"]:
-    """`pallas_kernels.expert_mixture` of few tokens, in bf16."""
+    """`pallas_kernels.expert_mixture` of few tokens in bf16."""
     experts = _experts(weights)
-    hidden = _hidden(experts.number, experts.chosen, skinny.padded(x), gate, up)
-    return jnp.sum(skinny.weighted_products(*experts, hidden, down), axis=0)[: x.shape[0]]
+    *into, back = scales or (None,)
+    hidden = _hidden(experts.number, experts.chosen, skinny.padded(x), gate, up, *into)
+    return jnp.sum(skinny.weighted_products(*experts, hidden, down, back), axis=0)[: x.shape[0]]
 
 
 class _Experts(NamedTuple):
@@ -79,13 +83,18 @@ def _experts(weights: Float[Array, "N E"]) -> _Experts:
 
 
 @jax.jit
-def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
-    """silu(x gate[e]) * (x up[e]) of the chosen experts, rounded once; of others anything."""
+def _hidden(number, chosen, x, gate, up, *scales) -> Float[Array, "E R F"]:
+    """silu(x gate[e]) * (x up[e]) of the chosen experts, rounded once; of others anything.
+
+    With int8 matrices there are scales of both.
+    """
     rows, inner = x.shape
     experts, _, width = gate.shape
-    steps = inner // DEPTH
+    steps, scaled = inner // DEPTH, len(scales)
 
-    def body(number, chosen, x, gate, up, out, x_ring, gate_ring, up_ring, staged, loaded):
+    def body(number, chosen, x, gate, up, *refs):
+        scales, (out, x_ring, staged, loaded, *rings) = refs[:scaled], refs[scaled:]
+        gate_ring, up_ring = rings[: len(rings) // 2], rings[len(rings) // 2 :]
         place = lax.axis_index("expert")
         columns = pl.ds(lax.axis_index("column") * COLUMNS, COLUMNS)
 
@@ -97,8 +106,8 @@ def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
                 slot, depth = lax.rem(step, jnp.int32(SLOTS)), pl.ds(step * DEPTH, DEPTH)
                 for source, target in (
                     (x.at[:, depth], x_ring.at[slot, pl.ds(0, rows)]),
-                    (gate.at[expert, depth, columns], gate_ring.at[slot]),
-                    (up.at[expert, depth, columns], up_ring.at[slot]),
+                    (gate.at[expert, depth, columns], gate_ring[0].at[slot]),
+                    (up.at[expert, depth, columns], up_ring[0].at[slot]),
                 ):
                     plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
 
@@ -106,8 +115,9 @@ def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
                 def step(i, _):
                     slot = lax.rem(i, jnp.int32(SLOTS))
                     plgpu.barrier_wait(loaded.at[slot])
-                    plgpu.wgmma(gated, x_ring.at[slot], gate_ring.at[slot])
-                    plgpu.wgmma(upped, x_ring.at[slot], up_ring.at[slot])
+                    tiles = [skinny.operand(ring, slot, i) for ring in (gate_ring, up_ring)]
+                    for total, tile in zip((gated, upped), tiles, strict=True):
+                        plgpu.wgmma(total, x_ring.at[slot], tile)
                     plgpu.wgmma_wait(0)
                     pl.when(i + SLOTS < steps)(lambda: load(i + SLOTS))
 
@@ -117,7 +127,13 @@ def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
             for i in range(min(SLOTS, steps)):
                 load(jnp.int32(i))
             shape = skinny.untyped.ACC((ROWS, COLUMNS), jnp.float32)
-            gated, upped = pl.run_scoped(multiply, shape, shape)
+            products = pl.run_scoped(multiply, shape, shape)
+            if scales:
+                products = [
+                    product * skinny.per_column(ref.at[expert, 0, columns])
+                    for product, ref in zip(products, scales, strict=True)
+                ]
+            gated, upped = products
             staged[...] = (gated / (1 + jnp.exp(-gated)) * upped).astype(jnp.bfloat16)
             skinny.store(staged, rows, out.at[expert, :, columns])
 
@@ -125,15 +141,15 @@ def _hidden(number, chosen, x, gate, up) -> Float[Array, "E R F"]:
         body,
         out_type=jax.ShapeDtypeStruct((experts, rows, width), jnp.bfloat16),
         scratch_types=[
-            ring(SLOTS, ROWS, DEPTH),
-            ring(SLOTS, DEPTH, COLUMNS),
-            ring(SLOTS, DEPTH, COLUMNS),
-            ring(ROWS, COLUMNS),
+            staging(SLOTS, ROWS, DEPTH),
+            staging(ROWS, COLUMNS),
             plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+            *skinny.matrix_ring(SLOTS, gate.dtype),
+            *skinny.matrix_ring(SLOTS, up.dtype),
         ],
         grid=(width // COLUMNS, experts),
         grid_names=("column", "expert"),
         kernel_name="expert_hidden",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(number, chosen, x, gate, up)
+    return kernel(number, chosen, x, gate, up, *scales)

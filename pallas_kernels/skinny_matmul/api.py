@@ -1,7 +1,9 @@
 """The public function of the skinny product: argument checks and the choice of implementation."""
 
+from collections.abc import Sequence
+
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.skinny_matmul import gpu_hopper, xla
@@ -14,17 +16,20 @@ IMPLEMENTATIONS = (
 
 def skinny_matmul(
     x: Float[Array, "N D"],
-    *matrices: Float[Array, "D O"],
+    *matrices: Float[Array, "D O"] | Int[Array, "D O"],
+    scales: Sequence[Float[Array, "O"]] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "N O"], ...]:
     """Multiply few rows by one or several matrices: x @ w, accumulated and returned in fp32.
 
     For decoding, where N is the number of sequences and time is what reading the matrices takes.
-    A row's result does not depend on the other rows. Gradients are those of the XLA form.
+    A row's result does not depend on the other rows. Gradients are those of the XLA form. With
+    int8 matrices, for inference, the products are (x @ w) * scale, without gradients.
 
     Args:
       x: bf16 or fp32 rows.
-      matrices: of the dtype of `x`; they may differ in their number of columns.
+      matrices: of the dtype of `x`, or all int8; they may differ in their number of columns.
+      scales: fp32, one for each matrix, with int8 matrices and only then.
       implementation: 'pallas_gpu' (Hopper, bf16, at most 64 rows, sizes that are multiples of 64),
         'xla', or None for the first that takes these arguments.
 
@@ -42,9 +47,16 @@ def skinny_matmul(
     for i, matrix in enumerate(matrices):
         dispatch.require_shape(name, f"matrix {i}", matrix, (x.shape[1], matrix.shape[1]))
     named = {f"matrix {i}": matrix for i, matrix in enumerate(matrices)}
-    dispatch.require_one_dtype(name, x=x, **named)
+    if scales is None:
+        dispatch.require_one_dtype(name, x=x, **named)
+    else:
+        dispatch.require_floating(name, x=x)
+        widths = [(matrix.shape[1],) for matrix in matrices]
+        dispatch.require_int8(name, list(zip(named.items(), scales, widths, strict=True)))
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, *matrices)
     with jax.named_scope(name):
+        if scales is not None:
+            return chosen.call(x, *matrices, scales=scales)
         return dispatch.with_gradients_of(xla.skinny_matmul, chosen.call)(x, *matrices)
 
 
