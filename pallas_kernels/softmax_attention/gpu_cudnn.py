@@ -193,37 +193,43 @@ def _half(x: Float[Array, "B T ..."], which: int) -> Float[Array, "B T/2 ..."]:
 
 
 def _attend_halves(mask: _Mask, q, k, v) -> tuple[jax.Array, jax.Array]:
-    own = _attend_primal(mask, *map(_halves_as_rows, (q, k, v)), None, None)
-    out, lse = (x.reshape(*q.shape[:2], *x.shape[2:]) for x in own)
-    everything = mask._replace(causal=False)
-    before = _attend_primal(everything, _half(q, 1), _half(k, 0), _half(v, 0), None, None)
-    parts = (_half(out, 1), _half(lse, 1)), before
-    total = jnp.logaddexp(*(part_lse for _, part_lse in parts))
-    merged = sum(part * jnp.exp(part_lse - total)[..., None] for part, part_lse in parts)
-    second = merged.astype(out.dtype), total  # in fp32 until here
-    return tuple(
-        jnp.concatenate([_half(x, 0), y], axis=1) for x, y in zip((out, lse), second, strict=True)
+    rows = (_halves_as_rows(x) for x in (q, k, v))
+    out, lse = (x.reshape(*q.shape[:2], *x.shape[2:]) for x in _attend_rows(mask, *rows))
+    own = _half(out, 1), _half(lse, 1)
+    before = _attend_rows(mask._replace(causal=False), _half(q, 1), _half(k, 0), _half(v, 0))
+    total = jnp.logaddexp(own[1], before[1])
+    weights = (jnp.exp(part[1] - total)[..., None] for part in (own, before))
+    merged, more = (part[0] * weight for part, weight in zip((own, before), weights, strict=True))
+    second = (merged + more).astype(out.dtype)  # in fp32 until here
+    return (
+        jnp.concatenate([_half(out, 0), second], axis=1),
+        jnp.concatenate([_half(lse, 0), total], axis=1),
     )
 
 
-def _backward_halves(mask: _Mask, q, k, v, out, lse, grad_out) -> list[jax.Array]:
-    arrays = (q, k, v, out, lse, grad_out)
-    own = _backward(mask, *map(_halves_as_rows, arrays), None, None)
-    queries, *later = (_half(x, 1) for x in (q, out, lse, grad_out))
-    earlier = (_half(k, 0), _half(v, 0))
-    everything = mask._replace(causal=False)
-    more = _backward(everything, queries, *earlier, *later, None, None)
-    length, wide = q.shape[1] // 2, jnp.float32
-    return [
-        jax.lax.dynamic_update_slice_in_dim(
-            grad, (_half(grad, half).astype(wide) + x.astype(wide)).astype(x.dtype),
-            half * length, axis=1,
-        )
-        for grad, x, half in zip(
-            (g.reshape(x.shape) for g, x in zip(own, (q, k, v), strict=True)),
-            more, (1, 0, 0), strict=True,
-        )
-    ]  # fmt: skip
+def _attend_rows(mask: _Mask, q, k, v) -> tuple[jax.Array, jax.Array]:
+    return _attend_primal(mask, q, k, v, None, None)
+
+
+def _backward_halves(mask: _Mask, q, k, v, out, lse, grad_out) -> tuple[jax.Array, ...]:
+    whole = (_halves_as_rows(x) for x in (q, k, v, out, lse, grad_out))
+    own = _backward_rows(mask, *whole)
+    later = (_half(x, 1) for x in (out, lse, grad_out))
+    queries, keys, values = _half(q, 1), _half(k, 0), _half(v, 0)
+    more = _backward_rows(mask._replace(causal=False), queries, keys, values, *later)
+
+    def add(grad: jax.Array, like: jax.Array, more: jax.Array, half: int) -> jax.Array:
+        parts = list(jnp.split(grad.reshape(like.shape), 2, axis=1))
+        total = parts[half].astype(jnp.float32) + more.astype(jnp.float32)
+        parts[half] = total.astype(like.dtype)
+        return jnp.concatenate(parts, axis=1)
+
+    parts = zip(own, (q, k, v), more, (1, 0, 0), strict=True)
+    return tuple(add(*part) for part in parts)
+
+
+def _backward_rows(mask: _Mask, q, k, v, out, lse, grad_out) -> tuple[jax.Array, ...]:
+    return _backward(mask, q, k, v, out, lse, grad_out, None, None)
 
 
 def _seen(q, q_length, kv_length):
@@ -317,7 +323,8 @@ def attention_block_backward(
         return _backward_packed(_Mask(causal, True, scale), q, k, v, *ids, out, lse, grad_out)
     lengths = _row_lengths(q, k, segment_ids, kv_segment_ids)
     mask = _Mask(causal, lengths[0] is not None, scale)
-    return tuple(_backward(mask, q, k, v, out, lse, grad_out, *lengths))
+    grad_q, grad_k, grad_v = _backward(mask, q, k, v, out, lse, grad_out, *lengths)
+    return grad_q, grad_k, grad_v
 
 
 def block_unsupported(
