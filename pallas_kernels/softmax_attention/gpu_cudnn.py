@@ -31,8 +31,9 @@ MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_PACKED = (9, 0)
 # Stands for the log-sum-exp of a query that saw nothing: exp(score - this) is 0, and no NaN.
 NOTHING_SEEN = 1e30
-# Tokens of a row up to which causal attention is one call. cuDNN is slower on longer rows, whose
-# keys and values L2 does not hold: 526 TFLOP/s for 128K tokens forward and backward, 560 by halves.
+# Tokens of a row up to which causal attention is one call. Of longer rows L2 does not hold the keys
+# and values: 128K tokens took 125.7 ms on an H200, and take 116.2 by halves. The backward pass,
+# which power limits, is not faster by halves.
 WHOLE = 1 << 16
 MAX_SAMPLES = 64  # of a row in one call; each costs launches of tiles that find nothing to do
 MIN_SAMPLES = 2  # jax's bindings take one sample a row for a whole row and ignore where it begins
@@ -211,27 +212,6 @@ def _attend_rows(mask: _Mask, q, k, v) -> tuple[jax.Array, jax.Array]:
     return _attend_primal(mask, q, k, v, None, None)
 
 
-def _backward_halves(mask: _Mask, q, k, v, out, lse, grad_out) -> tuple[jax.Array, ...]:
-    whole = (_halves_as_rows(x) for x in (q, k, v, out, lse, grad_out))
-    own = _backward_rows(mask, *whole)
-    later = (_half(x, 1) for x in (out, lse, grad_out))
-    queries, keys, values = _half(q, 1), _half(k, 0), _half(v, 0)
-    more = _backward_rows(mask._replace(causal=False), queries, keys, values, *later)
-
-    def add(grad: jax.Array, like: jax.Array, more: jax.Array, half: int) -> jax.Array:
-        parts = list(jnp.split(grad.reshape(like.shape), 2, axis=1))
-        total = parts[half].astype(jnp.float32) + more.astype(jnp.float32)
-        parts[half] = total.astype(like.dtype)
-        return jnp.concatenate(parts, axis=1)
-
-    parts = zip(own, (q, k, v), more, (1, 0, 0), strict=True)
-    return tuple(add(*part) for part in parts)
-
-
-def _backward_rows(mask: _Mask, q, k, v, out, lse, grad_out) -> tuple[jax.Array, ...]:
-    return _backward(mask, q, k, v, out, lse, grad_out, None, None)
-
-
 def _seen(q, q_length, kv_length):
     """Which queries are no padding and have a key, [B, T, 1]; causal queries all see key 0."""
     real = jnp.arange(q.shape[1]) < q_length[:, None]
@@ -285,8 +265,6 @@ _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _backward(mask: _Mask, q, k, v, out, lse, grad_out, q_length, kv_length):
-    if _by_halves(mask, q, k):
-        return _backward_halves(mask, q, k, v, out, lse, grad_out)
     if mask.padded:
         grad_out = jnp.where(_seen(q, q_length, kv_length)[..., None], grad_out, 0)
     return cudnn._dot_product_attention_bwd_p_wrapper.bind(
