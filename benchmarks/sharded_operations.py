@@ -250,7 +250,8 @@ def moe(emit: Emit, setting: Setting) -> None:
         return milliseconds(jax.jit(both), params, x, grad, *routing)
 
     one = timed(None, None)
-    for exchange in (None, "padded"):
+    ways = (None, "padded") if jax.default_backend() == "cpu" else (None, "ragged", "padded")
+    for exchange in ways:
         about = dict(exchange=exchange or "automatic", experts=config.num_experts,
                      embed=config.embed_dim, hidden=config.expert_dim,
                      tokens_a_device=count)  # fmt: skip

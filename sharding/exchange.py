@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import platform
+from pallas_kernels.dispatch import accumulation_dtype
 
-Exchange = Literal["ragged", "padded"]
+AllToAll = Literal["ragged", "padded"]
 
 # Within a host XLA's kernel for GPUs gives each slice of rows one block of 128 threads, which is
 # about 2 GB/s on an H200: so many slices to each device keep the network between them busy.
@@ -47,7 +48,7 @@ class Way(NamedTuple):
     """
 
     axis_name: str
-    exchange: Exchange
+    exchange: AllToAll
     block: int
     rows: int
     rows_back: int
@@ -104,6 +105,20 @@ def move(way: Way, rows: Float[Array, "M D"], out: Lanes, back: Lanes) -> Float[
     came = jax.lax.all_to_all(sent, way.axis_name, 0, 0)
     landed = jnp.zeros((way.rows, rows.shape[1]), rows.dtype)
     return landed.at[_block_rows(back, devices, way.block, way.rows)].set(came, mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather_rows(axis_name: str, rows: Float[Array, "M D"]) -> Float[Array, "n*M D"]:
+    """The rows of all devices on each; their gradients are added up in fp32 and rounded once."""
+    return jax.lax.all_gather(rows, axis_name, tiled=True)
+
+
+def _gather_backward(axis_name, _, grad):
+    wide = grad.astype(accumulation_dtype(grad.dtype))
+    return (jax.lax.psum_scatter(wide, axis_name, tiled=True).astype(grad.dtype),)
+
+
+gather_rows.defvjp(lambda axis_name, rows: (gather_rows(axis_name, rows), None), _gather_backward)
 
 
 def _pieces(axis_name: str, lanes: Lanes) -> int:

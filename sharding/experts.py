@@ -5,7 +5,8 @@ give the same numbers, up to the rounding of the experts' products:
 
 - `local`: all experts on every device, or each device the choices of its own experts and a sum over
   devices (`axis_name`), for tokens that all of them have, as when serving;
-- `exchanged`: other tokens on each device, which an all-to-all brings to the experts and back.
+- `exchanged`: other tokens on each device, which an all-to-all brings to the experts and back; or,
+  on few devices, all of them to all devices, each of which computes its own experts' choices.
 
 Nothing is dropped unless the caller leaves out choices by `kept`. `within_capacity` makes such a
 mask from the counts of all devices: the global router of the paper (section 2.1).
@@ -18,7 +19,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import platform
 from sharding.capacity import expert_capacity, within_capacity
 from sharding.choices import by_expert, combine, dispatch, rows_of_each, weighted_sum
-from sharding.exchange import Exchange, Way, expert_lanes, move
+from sharding.exchange import AllToAll, Way, expert_lanes, gather_rows, move
 from sharding.partition import Partition, gathered, on_shards
+
+Exchange = Literal[AllToAll, "gathered"]
 
 # (rows [M, D] sorted by expert, rows of each local expert [E']) -> [M, D], 0 past the last expert.
 Compute = Callable[[jax.Array, jax.Array], jax.Array]
@@ -242,6 +245,17 @@ def local(
     Returns:
       The sum, fp32, the same on all devices of `axis_name` and `tensor_axes`.
     """
+    out = _own_share(
+        tokens, weights, experts, compute, num_experts=num_experts, axis_name=axis_name, kept=kept
+    )
+    over = tensor_axes if axis_name is None else (axis_name, *tensor_axes)
+    return jax.lax.psum(out, over) if over else out
+
+
+def _own_share(
+    tokens, weights, experts, compute: Compute, *, num_experts, axis_name, kept=None
+) -> Float[Array, "N D"]:
+    """What the experts of this device give to tokens that all devices have; choice E is none."""
     here = num_experts
     mine = experts
     if axis_name is not None:
@@ -254,9 +268,7 @@ def local(
     order, place = by_expert(flat)
     rows: Any = dispatch(experts.shape[1], tokens, order, place)
     rows = combine(compute(rows, rows_of_each(flat, here)), order, place)
-    out = weighted_sum(rows.reshape(*experts.shape, -1), weights)
-    over = tensor_axes if axis_name is None else (axis_name, *tensor_axes)
-    return jax.lax.psum(out, over) if over else out
+    return weighted_sum(rows.reshape(*experts.shape, -1), weights)
 
 
 def exchanged(
@@ -296,7 +308,9 @@ def exchanged(
         no longer beside another's products; on TPU it is not in either form unless libtpu is told
         to begin it early (`xla_tpu_enable_async_ragged_all_to_all`).
       exchange: 'ragged' sends the rows there are (GPU, TPU), 'padded' as many to each device as
-        could be (everywhere); None is 'padded' on CPU, which has no other.
+        could be (everywhere), 'gathered' every token to every device and sums back. None is
+        'gathered' where the devices are no more than k, as then it sends no more rows and needs no
+        sizes; else 'padded' on CPU, which has no 'ragged', and that elsewhere.
 
     Returns:
       The sum, fp32.
@@ -308,21 +322,33 @@ def exchanged(
         raise ValueError(
             f"{count} tokens on each device cannot be cut into groups={groups}; choose a divisor"
         )
-    if exchange not in (None, "ragged", "padded"):
-        raise ValueError(f"exchange is {exchange!r}; choose None, 'ragged' or 'padded'")
+    if exchange not in (None, *get_args(Exchange)):
+        names = ", ".join(map(repr, get_args(Exchange)))
+        raise ValueError(f"exchange is {exchange!r}; choose None or one of {names}")
+    if exchange is None:
+        all_to_all: AllToAll = "padded" if platform.target() == "cpu" else "ragged"
+        exchange = "gathered" if devices <= per_token else all_to_all
     size = count // groups
+    chosen = experts if kept is None else jnp.where(kept, experts, num_experts)
+    parts = tokens.reshape(groups, size, -1), weights.reshape(groups, size, per_token)
+    if exchange == "gathered":
+        mix = functools.partial(
+            _gathered_mix, compute=compute, num_experts=num_experts, axis_name=axis_name
+        )
+        parts = *parts, chosen.reshape(groups, size, per_token)
+        out = _in_turn(mix, parts, recompute=recompute).reshape(tokens.shape)
+        return jax.lax.psum(out, tensor_axes) if tensor_axes else out
+
     # The most rows to, and in all at, one device.
     block = size * min(per_token, here)
     received = block * devices
     if capacity is not None:
         block, received = min(block, here * capacity), min(received, here * capacity)
-    chosen = experts if kept is None else jnp.where(kept, experts, num_experts)
     flat = chosen.reshape(groups, size * per_token)
     counts = jax.vmap(rows_of_each, in_axes=(0, None))(flat, num_experts)
     # The one thing the groups share, before any of them: how many rows go from where to where.
     counts = jax.lax.all_gather(counts, axis_name)  # [n, groups, E]
-    form: Exchange = "padded" if platform.target() == "cpu" else "ragged"
-    way = Way(axis_name, exchange or form, block, rows=received, rows_back=size * per_token)
+    way = Way(axis_name, exchange, block, rows=received, rows_back=size * per_token)
 
     device = jax.lax.axis_index(axis_name)
 
@@ -339,15 +365,21 @@ def exchanged(
             rows = combine(rows, order, place)
             return weighted_sum(rows.reshape(size, per_token, -1), weights)
 
-    parts = (
-        tokens.reshape(groups, size, -1),
-        weights.reshape(groups, size, per_token),
-        flat,
-        jnp.swapaxes(counts, 0, 1),
-    )
+    parts = *parts, flat, jnp.swapaxes(counts, 0, 1)
     out = _in_turn(mix, parts, recompute=recompute).reshape(tokens.shape)
     # After the sum over k, of which there are fewer rows than of choices.
     return jax.lax.psum(out, tensor_axes) if tensor_axes else out
+
+
+def _gathered_mix(part, *, compute: Compute, num_experts: int, axis_name: str):
+    """Tokens of this device, by way of all tokens on all devices."""
+    tokens, weights, chosen = part
+    with jax.named_scope("dispatch"):
+        tokens, weights = (gather_rows(axis_name, x) for x in (tokens, weights))
+        chosen = jax.lax.all_gather(chosen, axis_name, tiled=True)
+    out = _own_share(tokens, weights, chosen, compute, num_experts=num_experts, axis_name=axis_name)
+    with jax.named_scope("combine"):
+        return jax.lax.psum_scatter(out, axis_name, tiled=True)
 
 
 def _in_turn(mix: Callable[[Any], jax.Array], parts: Any, *, recompute: bool) -> jax.Array:
