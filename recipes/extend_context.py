@@ -165,14 +165,15 @@ def plan_of(recipe: ExtendContext, stage: Stage, config: ModelConfig, num_source
     )
 
 
-def corpus_of(recipe: ExtendContext, config: ModelConfig) -> Manifest:
-    """The shards the model was trained on, with its own tokenizer."""
+def corpus_of(recipe: ExtendContext, config: ModelConfig, *, follows: bool) -> Manifest:
+    """The shards the model was trained on, with its own tokenizer; see `pretrain.corpus_of`."""
     if recipe.corpus is not None:
         manifest = Manifest.load(recipe.corpus)
     else:
         vocab_size = min(config.vocab_size, 32_768)
         folder = recipe.from_run.parent / f"corpus-stdlib-{vocab_size}"
-        manifest = build_default(folder, vocab_size=vocab_size, workers=os.cpu_count() or 1)
+        workers = os.cpu_count() or 1
+        manifest = build_default(folder, vocab_size=vocab_size, workers=workers, wait=follows)
     own = recipe.from_run / "tokenizer.json"
     if own.is_file() and file_sha256(own) != manifest.tokenizer_sha256:
         raise ValueError(
@@ -210,7 +211,7 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
         partition_of(recipe, config, stage.batch_size, stage.seq_len) for stage in recipe.stages
     ]
     with nullcontext() if peers is None else peers.first_alone():
-        base, long = _corpora(recipe, config, quiet=not first)
+        base, long = _corpora(recipe, config, follows=not first)
     # Stages differ in rows and lengths, which split no parameter.
     config, params = load(recipe.from_run, partition=partitions[0])
     before, reports = short_loss(recipe, base, config, params), []
@@ -247,11 +248,11 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
 
 
 def _corpora(
-    recipe: ExtendContext, config: ModelConfig, *, quiet: bool
+    recipe: ExtendContext, config: ModelConfig, *, follows: bool
 ) -> tuple[Manifest, Manifest]:
     """The shards of short and of long text; what is missing is built."""
-    base = corpus_of(recipe, config)
-    _tell(not quiet, f"long documents: in {recipe.run_dir / 'corpus'}")
+    base = corpus_of(recipe, config, follows=follows)
+    _tell(not follows, f"long documents: in {recipe.run_dir / 'corpus'}")
     long = build_long_corpus(
         base.folder,
         recipe.run_dir / "corpus",
@@ -259,6 +260,7 @@ def _corpora(
         documents=recipe.documents,
         seed=recipe.seed,
         workers=os.cpu_count() or 1,
+        wait=follows,
     )
     return base, long
 

@@ -201,15 +201,19 @@ def learning_rate(recipe: Pretrain, batches: BatchSchedule) -> LearningRate:
     )
 
 
-def corpus_of(recipe: Pretrain, *, quiet: bool = False) -> Manifest:
-    """The shards asked for; or those of the standard library, built once for each vocabulary."""
+def corpus_of(recipe: Pretrain, *, follows: bool = False) -> Manifest:
+    """The shards asked for; or those of the standard library, built once for each vocabulary.
+
+    Who follows process 0 finds them, and may have to wait for another who looks them over.
+    """
     if recipe.corpus is not None:
         return Manifest.load(recipe.corpus)
     vocab_size = min(preset(recipe.model).vocab_size, 32_768)
     folder = recipe.run_dir.parent / f"corpus-stdlib-{vocab_size}"
-    if not quiet:
+    if not follows:
         print(f"corpus: the standard library of this Python, in {folder}", flush=True)
-    return build_default(folder, vocab_size=vocab_size, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    return build_default(folder, vocab_size=vocab_size, workers=workers, wait=follows)
 
 
 def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
@@ -226,7 +230,7 @@ def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
         )
     index, count = rows_of_process(partition, jax.process_index())
     with nullcontext() if peers is None else peers.first_alone():
-        manifest = corpus_of(recipe, quiet=peers is not None and not peers.is_first)
+        manifest = corpus_of(recipe, follows=peers is not None and not peers.is_first)
     weights = Weights.constant(dict(recipe.weights)) if recipe.weights else None
     batches = functools.partial(
         Batches,

@@ -108,6 +108,24 @@ def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend)
     assert again[1]["short_loss"] == reports[1]["short_loss"]
 
 
+def check_alike(ours, theirs, *, rel):
+    """Two reports of a stage: fp32 sums in another order, through the steps of Adam before."""
+    assert ours.keys() == theirs.keys()
+    numbers, expected = (row | row["needles"] for row in (ours, theirs))
+    for name in expected.keys() - {"run", "needles"}:
+        assert numbers[name] == pytest.approx(expected[name], rel=rel), name
+
+
+@pytest.mark.slow
+def test_four_processes_measure_what_one_does(extended, extend, tmp_path):
+    """Through both stages."""
+    reports, (told, *quiet) = extend(tmp_path / "long", 4)
+    assert "report: " in told
+    assert not any("report: " in words for words in quiet)
+    for ours, theirs, rel in zip(reports, extended[0], (1e-4, 1e-3), strict=True):
+        check_alike(ours, theirs, rel=rel)
+
+
 def test_two_processes_measure_what_one_does_and_stop_together(extended, extend, tmp_path):
     """Tokens of every row are split between them, and so are the parameters."""
     folder = tmp_path / "long"
@@ -117,11 +135,7 @@ def test_two_processes_measure_what_one_does_and_stop_together(extended, extend,
         assert words in told
         assert words not in quiet  # process 0 speaks for all
     (theirs, following), _ = extended
-    assert ours.keys() == theirs.keys()
-    numbers, expected = (row | row["needles"] for row in (ours, theirs))
-    for name in expected.keys() - {"run", "needles"}:
-        # fp32 sums in another order, through five steps of Adam.
-        assert numbers[name] == pytest.approx(expected[name], rel=1e-4), name
+    check_alike(ours, theirs, rel=1e-4)
     assert complete_steps(folder / following["run"] / "checkpoints")[-1] < STAGES[1].steps
     # The next stage has begun with the parameters of the one before.
     about = json.loads((folder / following["run"] / "run.json").read_text())

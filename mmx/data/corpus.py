@@ -69,13 +69,13 @@ class _Job(NamedTuple):
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def build_default(folder: Path, *, vocab_size: int, workers: int) -> Manifest:
+def build_default(folder: Path, *, vocab_size: int, workers: int, wait: bool = False) -> Manifest:
     """The embedded corpus with its own tokenizer, or what is done of it already.
 
     Raises:
       ValueError: see `build_corpus`.
     """
-    return build_corpus(Recipe(vocab_size=vocab_size), folder, workers=workers)
+    return build_corpus(Recipe(vocab_size=vocab_size), folder, workers=workers, wait=wait)
 
 
 def build_corpus(
@@ -84,6 +84,7 @@ def build_corpus(
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    wait: bool = False,
 ) -> Manifest:
     """Build a corpus folder, or finish one; what is done and whole is kept.
 
@@ -96,6 +97,7 @@ def build_corpus(
       out_dir: the folder; made where it is missing.
       workers: processes.
       progress: called with the numbers of finished and of all parts.
+      wait: for the end of another build in the folder, as processes of one run do; else an error.
 
     Raises:
       ValueError: the input is missing, empty, binary or malformed; no document is left; or another
@@ -107,7 +109,7 @@ def build_corpus(
     out = Path(out_dir)
     parts = cut_parts(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with _locked(out, wait=wait):
         _remove_drafts(out)
         tokenizer = _prepare_tokenizer(recipe, parts, out)
         digest = file_sha256(out / TOKENIZER)
@@ -247,11 +249,11 @@ def _remove_drafts(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path, *, wait: bool) -> Iterator[None]:
     """One build a folder; the lock ends with the process, however that ends."""
     with (out / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(f"{out}: another build is running in this folder") from None
         yield

@@ -127,7 +127,14 @@ class _Making(NamedTuple):
 
 
 def build_long_corpus(
-    base: Path, out: Path, *, lengths: Sequence[int], documents: int, seed: int, workers: int
+    base: Path,
+    out: Path,
+    *,
+    lengths: Sequence[int],
+    documents: int,
+    seed: int,
+    workers: int,
+    wait: bool = False,
 ) -> Manifest:
     """Build a corpus of short and long documents from the train split of another one.
 
@@ -147,6 +154,7 @@ def build_long_corpus(
       documents: of each length and kind; short text has at most as many tokens as all long ones.
       seed: of all choices.
       workers: processes.
+      wait: see `build_corpus`.
 
     Raises:
       ValueError: an argument out of range, no corpus in `base`, or see `build_corpus`.
@@ -174,7 +182,7 @@ def build_long_corpus(
     inputs = tuple(f"{making.source}={folder / making.source}.jsonl" for making in makings)
     end = texts.tokenizer.id_to_token(manifest.end_id)
     recipe = Recipe(inputs, tokenizer=manifest.tokenizer_file, end_token=end, heldout=0.0)
-    return build_corpus(recipe, out, workers=workers)
+    return build_corpus(recipe, out, workers=workers, wait=wait)
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:
