@@ -7,7 +7,7 @@
               launches with the same bits
     products  the projections of bench-4b, beside XLA's own product
     experts   the mixture of a layer of bench-4b; beside it the bytes of the experts that are chosen
-    int8      both with int8 matrices
+    int8      qkv alone, and the mixture, with int8 matrices
     states    one token of lightning attention, of one layer among 14
 
 Each is timed as layers of one program, a CUDA graph as in decoding, with matrices of their own, so

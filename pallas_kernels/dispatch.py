@@ -5,7 +5,7 @@ supports the arguments; the list always ends with one that supports everything. 
 it is used or refused, never replaced in silence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,10 +125,14 @@ def require_shape(operation: str, name: str, array: jax.Array, wanted: tuple[int
 
 def require_int8(
     operation: str,
-    matrices: Sequence[tuple[tuple[str, jax.Array], jax.Array, tuple[int, ...]]],
+    matrices: Mapping[str, jax.Array],
+    scales: Sequence[jax.Array],
+    shapes: Sequence[tuple[int, ...]],
 ) -> None:
-    """Raise ValueError unless each ((name, matrix), scale, shape of a scale) is int8 and fp32."""
-    for (name, matrix), scale, shape in matrices:
+    """Raise ValueError unless the matrices are int8 and the scales fp32, of these shapes."""
+    if len(scales) != len(matrices):
+        raise ValueError(f"{operation}: {len(scales)} scales for {len(matrices)} matrices")
+    for (name, matrix), scale, shape in zip(matrices.items(), scales, shapes, strict=True):
         if matrix.dtype != jnp.int8 or scale.dtype != jnp.float32:
             raise ValueError(
                 f"{operation}: {name} has dtype {matrix.dtype} and its scale {scale.dtype}; with "

@@ -1,7 +1,7 @@
-"""Rows that travel between the devices of one mesh axis, as many as each pair has to exchange.
+"""Rows that travel between the devices of one mesh axis: those a pair has to exchange, or all.
 
-Counts are known to all devices beforehand, so that every device works out by itself where its rows
-come to lie. Called inside `jax.shard_map`.
+Of the first, `move`, all devices know the counts beforehand, so that every device works out by
+itself where its rows come to lie. Called inside `jax.shard_map`.
 """
 
 import functools

@@ -253,9 +253,12 @@ def local(
 
 
 def _own_share(
-    tokens, weights, experts, compute: Compute, *, num_experts, axis_name, kept=None
+    tokens, weights, experts, compute: Compute, *, num_experts, axis_name, kept=None, most=None
 ) -> Float[Array, "N D"]:
-    """What the experts of this device give to tokens that all devices have; choice E is none."""
+    """What the experts of this device give to tokens that all devices have; choice E is none.
+
+    No more than `most` choices are of these experts, so no more rows are computed.
+    """
     here = num_experts
     mine = experts
     if axis_name is not None:
@@ -267,7 +270,9 @@ def _own_share(
     flat = jnp.where(chosen, mine, here).reshape(-1)
     order, place = by_expert(flat)
     rows: Any = dispatch(experts.shape[1], tokens, order, place)
-    rows = combine(compute(rows, rows_of_each(flat, here)), order, place)
+    rows = compute(rows[:most], rows_of_each(flat, here))
+    rows = jnp.pad(rows, ((0, flat.size - rows.shape[0]), (0, 0)))
+    rows = combine(rows, order, place)
     return weighted_sum(rows.reshape(*experts.shape, -1), weights)
 
 
@@ -290,7 +295,8 @@ def exchanged(
 
     Rows are sorted by expert before they leave and land sorted by expert, then by the device they
     come from. A device makes room for all that could come: N k rows from each of n devices, less
-    where it has fewer than k experts or `capacity` says so.
+    where it has fewer than k experts or `capacity` says so. By `exchange` 'gathered' there is no
+    all-to-all: all devices have the tokens of all, and each computes its own experts' choices.
 
     Args:
       tokens, weights, experts: as in `mixture`, flattened; experts are numbered globally.
@@ -309,8 +315,9 @@ def exchanged(
         to begin it early (`xla_tpu_enable_async_ragged_all_to_all`).
       exchange: 'ragged' sends the rows there are (GPU, TPU), 'padded' as many to each device as
         could be (everywhere), 'gathered' every token to every device and sums back. None is
-        'gathered' where the devices are no more than k, as then it sends no more rows and needs no
-        sizes; else 'padded' on CPU, which has no 'ragged', and that elsewhere.
+        'gathered' where the devices are no more than k, as then it sends no more rows (but sums,
+        and their gradients, in fp32) and needs no sizes; else 'padded' on CPU, which has no other
+        all-to-all, and 'ragged' elsewhere.
 
     Returns:
       The sum, fp32.
@@ -323,27 +330,25 @@ def exchanged(
             f"{count} tokens on each device cannot be cut into groups={groups}; choose a divisor"
         )
     if exchange not in (None, *get_args(Exchange)):
-        names = ", ".join(map(repr, get_args(Exchange)))
-        raise ValueError(f"exchange is {exchange!r}; choose None or one of {names}")
+        raise ValueError(f"exchange is {exchange!r}; choose None or one of {get_args(Exchange)}")
     if exchange is None:
         all_to_all: AllToAll = "padded" if platform.target() == "cpu" else "ragged"
         exchange = "gathered" if devices <= per_token else all_to_all
     size = count // groups
+    # The most choices of all devices that can be of one device's experts.
+    received = size * min(per_token, here) * devices
+    if capacity is not None:
+        received = min(received, here * capacity)
     chosen = experts if kept is None else jnp.where(kept, experts, num_experts)
     parts = tokens.reshape(groups, size, -1), weights.reshape(groups, size, per_token)
     if exchange == "gathered":
-        mix = functools.partial(
-            _gathered_mix, compute=compute, num_experts=num_experts, axis_name=axis_name
-        )
+        how = dict(num_experts=num_experts, axis_name=axis_name, most=received)
+        share = functools.partial(_gathered_mix, compute=compute, **how)
         parts = *parts, chosen.reshape(groups, size, per_token)
-        out = _in_turn(mix, parts, recompute=recompute).reshape(tokens.shape)
+        out = _in_turn(share, parts, recompute=recompute).reshape(tokens.shape)
         return jax.lax.psum(out, tensor_axes) if tensor_axes else out
 
-    # The most rows to, and in all at, one device.
-    block = size * min(per_token, here)
-    received = block * devices
-    if capacity is not None:
-        block, received = min(block, here * capacity), min(received, here * capacity)
+    block = min(size * min(per_token, here), received)  # the most rows to one device
     flat = chosen.reshape(groups, size * per_token)
     counts = jax.vmap(rows_of_each, in_axes=(0, None))(flat, num_experts)
     # The one thing the groups share, before any of them: how many rows go from where to where.
@@ -371,13 +376,13 @@ def exchanged(
     return jax.lax.psum(out, tensor_axes) if tensor_axes else out
 
 
-def _gathered_mix(part, *, compute: Compute, num_experts: int, axis_name: str):
+def _gathered_mix(part, *, axis_name: str, **how: Any) -> Float[Array, "N D"]:
     """Tokens of this device, by way of all tokens on all devices."""
     tokens, weights, chosen = part
     with jax.named_scope("dispatch"):
         tokens, weights = (gather_rows(axis_name, x) for x in (tokens, weights))
         chosen = jax.lax.all_gather(chosen, axis_name, tiled=True)
-    out = _own_share(tokens, weights, chosen, compute, num_experts=num_experts, axis_name=axis_name)
+    out = _own_share(tokens, weights, chosen, axis_name=axis_name, **how)
     with jax.named_scope("combine"):
         return jax.lax.psum_scatter(out, axis_name, tiled=True)
 

@@ -89,14 +89,21 @@ def test_kernels_in_int8(tokens, dim, width, experts, interpreted):
     check_close(expert_mixture(*arrays, scales=scales), truth(*exact), BF16, "output")
 
 
-def test_nothing_reaches_a_token_but_its_own_choices(interpreted):
+@pytest.mark.parametrize("int8", [False, True])
+def test_nothing_reaches_a_token_but_its_own_choices(int8, interpreted):
     """Neither other tokens, nor experts nobody chose, nor experts that others chose."""
-    x, weights, *matrices = case(4, 128, 128, 6, jnp.bfloat16)
+    (x, weights, *matrices), scales, _ = in_int8(4, 128, 128, 6)
+    if not int8:
+        matrices, scales = case(4, 128, 128, 6, jnp.bfloat16)[2:], None
     weights = jnp.zeros_like(weights).at[0, 1].set(0.5).at[0, 4].set(0.25).at[1, 2].set(1.0)
-    clean = expert_mixture(x, weights, *matrices)
-    (alone,) = expert_mixture(x[:1], weights[:1], *matrices)
-    poisoned = [matrix.at[jnp.asarray([0, 2, 3, 5])].set(jnp.nan) for matrix in matrices]
-    mixed = expert_mixture(x.at[2].set(jnp.inf), weights, *poisoned)
+    clean = expert_mixture(x, weights, *matrices, scales=scales)
+    (alone,) = expert_mixture(x[:1], weights[:1], *matrices, scales=scales)
+    others = jnp.asarray([0, 2, 3, 5])
+    if scales is None:
+        matrices = [matrix.at[others].set(jnp.nan) for matrix in matrices]
+    else:
+        scales = [scale.at[others].set(jnp.nan) for scale in scales]
+    mixed = expert_mixture(x.at[2].set(jnp.inf), weights, *matrices, scales=scales)
     assert np.array_equal(clean[0], alone)
     assert np.array_equal(clean[0], mixed[0])
     assert np.all(np.isnan(mixed[1]))  # it did choose expert 2

@@ -162,6 +162,7 @@ def test_refusals_say_what_to_use_instead(monkeypatch):
         (dict(matrices=(jnp.zeros((32, 64)),)), r"matrix 0 has shape \(32, 64\)"),
         (dict(matrices=(jnp.zeros((64, 8), jnp.bfloat16),)), "dtypes disagree"),
         (dict(matrices=(jnp.zeros((64, 8), jnp.int8),)), "matrix 0 has dtype int8"),
+        (dict(scales=[jnp.zeros(8)] * 2), "2 scales for 1 matrices"),
         (dict(scales=[jnp.zeros(8)]), "matrix 0 has dtype float32 and its scale float32; with"),
         (
             dict(matrices=(jnp.zeros((64, 8), jnp.int8),), scales=[jnp.zeros(1)]),

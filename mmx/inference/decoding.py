@@ -20,8 +20,8 @@ from sharding import Partition, constrain, named
 
 # A step is some hundreds of kernels of a few microseconds. On a GPU, where a launch takes as long,
 # the loop over the layers goes into CUDA graphs with the rest; other backends ignore the options.
-# Neither conditionals nor unrolled loops: with the first a step is slower by 0.1 of 1.5 ms, and of
-# the second jaxlib 0.11.2 cannot record one with a loop inside, which the XLA forms have.
+# No conditionals, with which a step is slower by 0.1 of 1.5 ms; and no unrolled loops: jaxlib
+# 0.11.2 fails to record one that has a loop inside, as the XLA forms of operations have.
 _GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE"
 GRAPHS = {
     "xla_gpu_enable_command_buffer": _GRAPHED.replace(" ", ","),

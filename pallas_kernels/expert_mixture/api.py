@@ -69,7 +69,7 @@ def expert_mixture(
     else:
         dispatch.require_floating(name, x=x)
         shapes = [(experts, 1, matrix.shape[2]) for matrix in matrices.values()]
-        dispatch.require_int8(name, list(zip(matrices.items(), scales, shapes, strict=True)))
+        dispatch.require_int8(name, matrices, scales, shapes)
     if weights.dtype != jnp.float32:
         raise ValueError(f"{name}: weights have dtype {weights.dtype}; they must be float32")
     arrays = x, weights, gate, up, down

@@ -27,7 +27,6 @@ from pallas_kernels.skinny_matmul import gpu_hopper as skinny
 from pallas_kernels.skinny_matmul.gpu_hopper import COLUMNS, DEPTH, ROWS, staging
 
 SLOTS = 4  # of the ring, of three tiles
-SLOTS_INT8 = 3  # what is between int8 and products takes room
 
 
 def unsupported(
@@ -92,7 +91,6 @@ def _hidden(number, chosen, x, gate, up, *scales) -> Float[Array, "E R F"]:
     rows, inner = x.shape
     experts, _, width = gate.shape
     steps, scaled = inner // DEPTH, len(scales)
-    slots = SLOTS_INT8 if scales else SLOTS
 
     def body(number, chosen, x, gate, up, *refs):
         scales, (out, x_ring, staged, loaded, *rings) = refs[:scaled], refs[scaled:]
@@ -105,7 +103,7 @@ def _hidden(number, chosen, x, gate, up, *scales) -> Float[Array, "E R F"]:
             expert = chosen[place]
 
             def load(step):
-                slot, depth = lax.rem(step, jnp.int32(slots)), pl.ds(step * DEPTH, DEPTH)
+                slot, depth = lax.rem(step, jnp.int32(SLOTS)), pl.ds(step * DEPTH, DEPTH)
                 for source, target in (
                     (x.at[:, depth], x_ring.at[slot, pl.ds(0, rows)]),
                     (gate.at[expert, depth, columns], gate_ring[0].at[slot]),
@@ -115,19 +113,18 @@ def _hidden(number, chosen, x, gate, up, *scales) -> Float[Array, "E R F"]:
 
             def multiply(gated, upped):
                 def step(i, _):
-                    slot = lax.rem(i, jnp.int32(slots))
+                    slot = lax.rem(i, jnp.int32(SLOTS))
                     plgpu.barrier_wait(loaded.at[slot])
-                    tiles = skinny.operands((gate_ring, up_ring), slot, i)
+                    tiles = [skinny.operand(ring, slot, i) for ring in (gate_ring, up_ring)]
                     for total, tile in zip((gated, upped), tiles, strict=True):
                         plgpu.wgmma(total, x_ring.at[slot], tile)
-                    # These products may run on; those before have read their tiles.
-                    plgpu.wgmma_wait(2)
-                    pl.when((i > 0) & (i - 1 + slots < steps))(lambda: load(i - 1 + slots))
+                    plgpu.wgmma_wait(0)
+                    pl.when(i + SLOTS < steps)(lambda: load(i + SLOTS))
 
                 lax.fori_loop(0, steps, step, None)
                 return gated[...], upped[...]
 
-            for i in range(min(slots, steps)):
+            for i in range(min(SLOTS, steps)):
                 load(jnp.int32(i))
             shape = skinny.untyped.ACC((ROWS, COLUMNS), jnp.float32)
             products = pl.run_scoped(multiply, shape, shape)
@@ -144,11 +141,11 @@ def _hidden(number, chosen, x, gate, up, *scales) -> Float[Array, "E R F"]:
         body,
         out_type=jax.ShapeDtypeStruct((experts, rows, width), jnp.bfloat16),
         scratch_types=[
-            staging(slots, ROWS, DEPTH),
+            staging(SLOTS, ROWS, DEPTH),
             staging(ROWS, COLUMNS),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-            *skinny.matrix_ring(slots, gate.dtype),
-            *skinny.matrix_ring(slots, up.dtype),
+            plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+            *skinny.matrix_ring(SLOTS, gate.dtype),
+            *skinny.matrix_ring(SLOTS, up.dtype),
         ],
         grid=(width // COLUMNS, experts),
         grid_names=("column", "expert"),

@@ -52,7 +52,7 @@ def skinny_matmul(
     else:
         dispatch.require_floating(name, x=x)
         widths = [(matrix.shape[1],) for matrix in matrices]
-        dispatch.require_int8(name, list(zip(named.items(), scales, widths, strict=True)))
+        dispatch.require_int8(name, named, scales, widths)
     chosen = dispatch.select(name, IMPLEMENTATIONS, implementation, x, *matrices)
     with jax.named_scope(name):
         if scales is not None:

@@ -77,22 +77,21 @@ def staging(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
 
 def matrix_ring(slots: int, dtype: Any) -> list[Any]:
     """Shared memory for tiles of a matrix, and for those of int8 in bf16."""
-    # Three: a product still reads the one before, and slower warps the one before that.
-    wide = [staging(3, DEPTH, COLUMNS)] if dtype == jnp.int8 else []
+    # Of these two: some warps may read the one before while others write.
+    wide = [staging(2, DEPTH, COLUMNS)] if dtype == jnp.int8 else []
     return [staging(slots, DEPTH, COLUMNS, dtype=dtype), *wide]
 
 
-def operands(rings: Sequence[Sequence[Any]], slot: Any, step: Any) -> list[Any]:
-    """The tiles in a slot of each `matrix_ring` for a tensor core product; its step counts up."""
-    if len(rings[0]) == 1:
-        return [ring[0].at[slot] for ring in rings]
-    wides = [ring[1].at[lax.rem(step, jnp.int32(3))] for ring in rings]
-    for ring, wide in zip(rings, wides, strict=True):
-        layout = plgpu.Layout.WGMMA_UPCAST_2X  # four bytes side by side a thread
-        tile = plgpu.load(ring[0].at[slot], layout=layout, optimized=False)
-        wide[...] = tile.astype(jnp.bfloat16)
+def operand(ring: Sequence[Any], slot: Any, step: Any) -> Any:
+    """The tile in a slot of a `matrix_ring` for a tensor core product, whose step counts up."""
+    if len(ring) == 1:
+        return ring[0].at[slot]
+    layout = plgpu.Layout.WGMMA_UPCAST_2X  # four bytes side by side a thread
+    tile = plgpu.load(ring[0].at[slot], layout=layout, optimized=False)
+    wide = ring[1].at[lax.rem(step, jnp.int32(2))]
+    wide[...] = tile.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    return wides
+    return wide
 
 
 def per_column(scales: Any) -> Any:
@@ -196,19 +195,12 @@ def _multiply(rows_ring, ring, loaded, load: Callable[[Any], None]) -> Callable[
             def step(i, _):
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
-                (tile,) = operands([ring], slot, i)
-                plgpu.wgmma(accumulator, rows_ring.at[slot], tile)
-                # This product may run on; the one before has read its tiles.
-                plgpu.wgmma_wait(1)
-                pl.when(i > begin)(lambda: refill(i - 1))
-
-            def refill(i):
+                plgpu.wgmma(accumulator, rows_ring.at[slot], operand(ring, slot, i))
+                plgpu.wgmma_wait(0)
                 pl.when(i + SLOTS < last)(lambda: load(i + SLOTS))
 
             lax.fori_loop(begin, end, step, None)
-            total = accumulator[...]
-            refill(end - 1)
-            return total
+            return accumulator[...]
 
         return pl.run_scoped(multiply, untyped.ACC((ROWS, COLUMNS), jnp.float32))
 
