@@ -42,8 +42,8 @@ def compile_cases() -> list[Compile]:
     # Without the options for its compiler, which jax takes of the outermost function alone.
     decode = functools.partial(decoding.decode.__wrapped__, steps=2)
     read = (params, pool, number(CHUNK), number(), number(), number(PAGES // ROWS), number())
-    # Three products of experts a layer, and of the chunk lightning attention; pages and the state of
-    # a single token are read by the XLA forms.
+    # Three products of experts a layer, and of the chunk lightning attention; the XLA forms read
+    # pages and the state of a single token.
     return [
         Compile("decode", functools.partial(there, decode), (params, pool, rows), kernels=6),
         Compile("prefill", functools.partial(there, decoding.prefill), read, kernels=7),
