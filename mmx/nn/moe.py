@@ -151,7 +151,8 @@ class MoE(nnx.Module):
         arrays = x, jnp.where(real, weights, 0), *matrices
         if not expert_mixture_supported(*arrays):
             return None
-        return expert_mixture(*arrays, scales=None if None in scales else scales)[:, None]
+        in_int8 = all(scale is not None for scale in scales)
+        return expert_mixture(*arrays, scales=scales if in_int8 else None)[:, None]
 
     def _experts(
         self, x, weights, experts, real, implementation, capacity_factor, recompute, partition

@@ -41,7 +41,7 @@ def expert_mixture(
       gate, up, down: one matrix an expert, of the dtype of `x`; or all int8, for inference: then
         each column of a product is multiplied by its scale, in fp32, and there are no gradients.
       scales: of gate, up and down, fp32, with int8 and only then.
-      implementation: 'pallas_gpu' (Hopper, bf16, at most 64 tokens, sizes that are multiples of 64;
+      implementation: 'pallas_gpu' (Hopper, bf16 tokens, at most 64, sizes that are multiples of 64;
         experts nobody chose are not read), 'xla' (every expert for every token), or None for the
         first that takes these arguments. `supported` says which it is.
 

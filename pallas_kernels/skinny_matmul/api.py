@@ -30,7 +30,7 @@ def skinny_matmul(
       x: bf16 or fp32 rows.
       matrices: of the dtype of `x`, or all int8; they may differ in their number of columns.
       scales: fp32, one for each matrix, with int8 matrices and only then.
-      implementation: 'pallas_gpu' (Hopper, bf16, at most 64 rows, sizes that are multiples of 64),
+      implementation: 'pallas_gpu' (Hopper, bf16 rows, at most 64, sizes that are multiples of 64),
         'xla', or None for the first that takes these arguments.
 
     Raises:
