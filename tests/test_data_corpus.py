@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,21 @@ def test_two_builds_in_one_folder_are_refused(built, inputs):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another build is running"):
             build_corpus(recipe(inputs), built)
+
+
+def test_processes_of_one_run_wait_for_each_other(built, inputs):
+    import fcntl
+
+    before = contents(built)
+    with ThreadPoolExecutor(3) as pool, (built / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = [pool.submit(build_corpus, recipe(inputs), built, wait=True) for _ in range(3)]
+        time.sleep(0.3)
+        assert not any(one.done() for one in waiting)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        found = [one.result(60) for one in waiting]
+    assert found == [Manifest.load(built)] * 3
+    assert contents(built) == before
 
 
 # ---------------------------------------------------------------- the embedded corpus
