@@ -140,9 +140,9 @@ def test_ids_in_the_program_equal_the_definition(case, simulated):
     check_softmax(case, jnp.bfloat16, implementation="cudnn", tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize(("length", "calls"), [(16, 1), (32, 2), (64, 3), (34, 2), (33, 1)])
+@pytest.mark.parametrize(("length", "calls"), [(32, 2), (68, 3), (33, 1)])
 def test_long_rows_by_halves_equal_the_xla_form(length, calls, simulated, monkeypatch):
-    """33 tokens are odd and not cut, and of 34 the halves are not cut again."""
+    """33 tokens are odd and not cut, and of 68 the quarters are not cut again."""
     monkeypatch.setattr(gpu_cudnn, "WHOLE", 16)
     lengths = []
 
@@ -163,8 +163,12 @@ def test_long_rows_by_halves_equal_the_xla_form(length, calls, simulated, monkey
         def attend(q, k, v):
             return softmax_attention(q, k, v, return_lse=True, implementation=implementation)
 
-        out, back, lse = jax.vjp(attend, q, k, v, has_aux=True)
-        return out, lse, *back(grad)
+        @jax.jit
+        def both(q, k, v, grad):
+            out, back, lse = jax.vjp(attend, q, k, v, has_aux=True)
+            return out, lse, *back(grad)
+
+        return both(q, k, v, grad)
 
     seen, wanted = run("cudnn"), run("xla")
     for a, b, what in zip(seen, wanted, ("out", "lse", "dq", "dk", "dv"), strict=True):
