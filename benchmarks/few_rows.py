@@ -70,6 +70,11 @@ def weights_of(setting: Setting, rows: int, layers: int) -> jax.Array:
     return jnp.asarray(weights)
 
 
+def chosen_of(weights: jax.Array) -> float:
+    """The share of the experts that are chosen, of all layers."""
+    return float(np.mean(np.any(np.asarray(weights) != 0, axis=1)))
+
+
 def matrices_of(setting: Setting, layers: int) -> list[jax.Array]:
     """gate, up and down of all layers."""
     wide = (layers, setting.experts, setting.embed, setting.hidden)
@@ -199,7 +204,7 @@ def experts(report: Report, setting: Setting, bandwidth: float) -> None:
             out = expert_mixture(x, *layer, implementation=setting.implementation)
             return x + (0.1 * out).astype(x.dtype)
 
-        chosen = float(np.mean(np.any(np.asarray(weights) != 0, axis=1)))
+        chosen = chosen_of(weights)
         size = chosen * sum(m.nbytes for m in matrices) / setting.layers
         x = random((rows, setting.embed), 1)
         timed(report, setting, step, x, (weights, *matrices), size, bandwidth,
@@ -226,7 +231,7 @@ def int8(report: Report, setting: Setting, bandwidth: float) -> None:
             out = expert_mixture(x, weights, *matrices, scales=scales, **how)
             return x + (0.1 * out).astype(x.dtype)
 
-        chosen = float(np.mean(np.any(np.asarray(weights) != 0, axis=1)))
+        chosen = chosen_of(weights)
         size = chosen * sum(m.nbytes for m in matrices) / setting.layers
         timed(report, setting, mixture, x, (weights, matrices, scales), size, bandwidth,
               experts=chosen * setting.experts, weights="int8", rows=rows)  # fmt: skip
