@@ -139,12 +139,19 @@ def test_memory_is_the_region_and_few_chunks(tmp_path, writer):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder, args=save)
     assert TreeReader(folder).arrays["x"].chunk == chunk
+    # What is freed goes back to the system at once: the mark is of what is held, and not of what
+    # the allocator keeps of the boxes before, which differs from run to run by 80 MiB.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEMORY, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     # Our chunks are read in place; of others, 64 MiB are held at once, and as they were stored.
-    extra = 8 if writer == "ours" else 160
+    extra = 8 if writer == "ours" else 128
     for line in done.stdout.splitlines():
         part, grown = map(int, line.split())
         assert grown <= part + extra, done.stdout
