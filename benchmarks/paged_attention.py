@@ -6,6 +6,7 @@
     check    relative errors against the definition in fp32, NaN wherever no row may read; repeats
     decode   one query a row: 64 query heads, 8 key heads of 128, pages of 256 tokens
     prefill  8192 queries of one row that begin at some position
+    fp8      the same from pages of fp8, of which the bytes and the floor are then
     xla      the XLA form on some of these
 
 Decode steps are timed as layers of one program, each with pages of its own, so that the L2 cache
@@ -68,8 +69,10 @@ class Setting:
 
     Attributes:
       heads, kv_heads, dim, page: of decode and prefill.
+      page_dtype: of keys and values.
       lengths: keys of each row of a decode step, by name.
       chunk, starts: of prefill.
+      fp8: which of the cases pages of fp8 are read in, and by which kernels.
       layer_bytes: of keys and values that the layers of one program read together, at least.
       kernels: implementations of decode and prefill.
       xla: which of the cases the XLA form is timed on.
@@ -82,6 +85,7 @@ class Setting:
     kv_heads: int = 8
     dim: int = 128
     page: int = 256
+    page_dtype: Any = jnp.bfloat16
     lengths: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("1 x 1K", (KI,)),
         ("1 x 32K", (32 * KI,)),
@@ -95,6 +99,8 @@ class Setting:
     starts: tuple[int, ...] = (0, 32 * KI, MI)
     layer_bytes: int = 256 * MI
     kernels: tuple[str, str] = ("pallas_gpu", "cudnn")
+    fp8: tuple[str, ...] = ("1 x 32K", "1 x 1M", "1 x 4M", "64 x 4K", "64 x 32K", "32768")
+    fp8_kernels: tuple[str, str] = ("pallas_gpu_fp8", "cudnn")
     xla: tuple[str, ...] = ("1 x 1K", "1 x 32K", "64 x 4K", "0", "32768")
     checks: tuple[tuple[Any, ...], ...] = CHECKS
     floors: bool = True
@@ -112,6 +118,8 @@ TINY = Setting(
     starts=(100,),
     layer_bytes=64 * KI,
     kernels=("xla", "xla"),
+    fp8=("3 x 4 and 500", "100"),
+    fp8_kernels=("xla", "xla"),
     xla=("100",),
     checks=(
         ("decode", 0, [[-1], [0], [63], [64], [700]], 4, 2, 16, 16),
@@ -131,7 +139,13 @@ def pool(number: int, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """So many pages of keys and of values, which repeat: gigabytes take long to draw."""
     some = min(number, 256)
     shape = (some, setting.page, setting.kv_heads, setting.dim)
-    return tuple(random(shape, seed)[jnp.arange(number) % some] for seed in (1, 2))
+    drawn = (random(shape, seed).astype(setting.page_dtype) for seed in (1, 2))
+    return tuple(x[jnp.arange(number) % some] for x in drawn)
+
+
+def token_bytes(setting: Setting) -> int:
+    """Of the keys and values of a token, of one layer."""
+    return 2 * setting.kv_heads * setting.dim * jnp.dtype(setting.page_dtype).itemsize
 
 
 def tables(lengths: tuple[int, ...], page: int, layers: int, width: int) -> tuple[np.ndarray, int]:
@@ -154,7 +168,9 @@ def relative(seen, wanted) -> float:
     return float(np.linalg.norm(seen - wanted) / np.linalg.norm(wanted))
 
 
-def case(positions, heads: int, kv_heads: int, dim: int, page: int) -> tuple[jax.Array, ...]:
+def case(
+    positions, heads: int, kv_heads: int, dim: int, page: int, page_dtype: Any = jnp.bfloat16
+) -> tuple[jax.Array, ...]:
     """Arguments for these positions; NaN in slots that no row may read, tables that end wild."""
     positions = np.asarray(positions, np.int32)
     lengths = positions.max(axis=1) + 1
@@ -165,7 +181,8 @@ def case(positions, heads: int, kv_heads: int, dim: int, page: int) -> tuple[jax
         place = np.arange(length)
         used[table[0, row, place // page], place % page] = True
     pages = (random((number, page, kv_heads, dim), seed) for seed in (1, 2))
-    keys, values = (jnp.where(used[..., None, None], x, jnp.nan) for x in pages)
+    held = (jnp.where(used[..., None, None], x, jnp.nan) for x in pages)
+    keys, values = (x.astype(page_dtype) for x in held)
     q = random((*positions.shape, heads, dim), 0)
     return q, keys, values, jnp.asarray(table[0]), jnp.asarray(positions)
 
@@ -175,6 +192,10 @@ def check(report: Report, setting: Setting) -> None:
     for name, which, *numbers in setting.checks:
         kernel = setting.kernels[which]
         report.attempt(name, functools.partial(check_one, report, name, kernel, *numbers))
+        kernel, dim = setting.fp8_kernels[which], numbers[3]
+        if kernel == "xla" or dim % 64 == 0:
+            narrow = (f"fp8: {name}", kernel, *numbers, jnp.float8_e4m3fn)
+            report.attempt(narrow[0], functools.partial(check_one, report, *narrow))
 
 
 def check_one(report: Report, name: str, kernel: str, *numbers: Any) -> None:
@@ -206,7 +227,7 @@ def dense() -> float:
 
 
 def layers_of(setting: Setting, lengths: tuple[int, ...]) -> int:
-    size = 4 * sum(lengths) * setting.kv_heads * setting.dim
+    size = sum(lengths) * token_bytes(setting)
     return min(max(setting.layer_bytes // size, 1), MAX_LAYERS)
 
 
@@ -227,12 +248,13 @@ def decode_one(
 
     arrays = (queries, *pool(number, setting), [jnp.asarray(t) for t in table], positions)
     ms = milliseconds(step, *arrays, batch_ms=setting.batch_ms) / layers
-    size = 4 * sum(lengths) * setting.kv_heads * setting.dim
+    size = sum(lengths) * token_bytes(setting)
     row = dict(us=ms * 1e3, MB=size / 1e6, GBps=size / ms / 1e6)
     if setting.floors:
         floor = size / bandwidth() / 1e3
         row |= dict(floor_us=floor, of_floor=floor / row["us"])
-    report.add(decode=name, who=kernel, layers=layers, **row)
+    report.add(decode=name, who=kernel, pages=str(jnp.dtype(setting.page_dtype)), layers=layers,
+               **row)  # fmt: skip
 
 
 def prefill_one(report: Report, setting: Setting, start: int, kernel: str) -> None:
@@ -247,7 +269,8 @@ def prefill_one(report: Report, setting: Setting, start: int, kernel: str) -> No
     seen = setting.chunk * start + setting.chunk * (setting.chunk + 1) / 2
     tflops = 4 * setting.heads * setting.dim * seen / ms / 1e9
     row = dict(of_dense=tflops / dense()) if setting.floors else {}
-    report.add(prefill=start, chunk=setting.chunk, who=kernel, ms=ms, tflops=tflops, **row)
+    report.add(prefill=start, chunk=setting.chunk, who=kernel,
+               pages=str(jnp.dtype(setting.page_dtype)), ms=ms, tflops=tflops, **row)  # fmt: skip
 
 
 def decode(report: Report, setting: Setting) -> None:
@@ -262,18 +285,29 @@ def prefill(report: Report, setting: Setting) -> None:
         report.attempt(f"prefill {start}", one)
 
 
-def xla_form(report: Report, setting: Setting) -> None:
-    plain = dataclasses.replace(
+def only(setting: Setting, cases: tuple[str, ...], **changes: Any) -> Setting:
+    return dataclasses.replace(
         setting,
-        kernels=("xla", "xla"),
-        lengths=tuple(x for x in setting.lengths if x[0] in setting.xla),
-        starts=tuple(x for x in setting.starts if str(x) in setting.xla),
+        lengths=tuple(x for x in setting.lengths if x[0] in cases),
+        starts=tuple(x for x in setting.starts if str(x) in cases),
+        **changes,
     )
+
+
+def fp8(report: Report, setting: Setting) -> None:
+    for kernels in dict.fromkeys((setting.fp8_kernels, ("xla", "xla"))):
+        narrow = only(setting, setting.fp8, kernels=kernels, page_dtype=jnp.float8_e4m3fn)
+        decode(report, narrow)
+        prefill(report, narrow)
+
+
+def xla_form(report: Report, setting: Setting) -> None:
+    plain = only(setting, setting.xla, kernels=("xla", "xla"))
     decode(report, plain)
     prefill(report, plain)
 
 
-PARTS = dict(check=check, decode=decode, prefill=prefill, xla=xla_form)
+PARTS = dict(check=check, decode=decode, prefill=prefill, fp8=fp8, xla=xla_form)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,10 +41,11 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("page_dtype", [jnp.bfloat16, jnp.float8_e4m3fn], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_equal_the_definition(shape, simulated):
+def test_chunks_equal_the_definition(shape, page_dtype, simulated):
     """Slots beyond a row's last key hold NaN, entries of the table there are no pages."""
-    arrays = case(CONSECUTIVE, **shape, dtype=jnp.bfloat16)
+    arrays = case(CONSECUTIVE, **shape, dtype=jnp.bfloat16, page_dtype=page_dtype)
     out = attend(*arrays, implementation="cudnn")
     check_close(out, truth(*arrays), TOLERANCE, "output")
     assert np.all(np.asarray(out)[np.asarray(arrays[-1]) < 0] == 0)

@@ -26,7 +26,13 @@ def interpreted(monkeypatch):
         yield
 
 
-decode = functools.partial(attend, implementation="pallas_gpu")
+FP8 = dict(dtype=jnp.bfloat16, page_dtype=jnp.float8_e4m3fn)
+KERNELS = {jnp.dtype(jnp.bfloat16): "pallas_gpu", jnp.dtype(jnp.float8_e4m3fn): "pallas_gpu_fp8"}
+
+
+def decode(q, keys, values, table, positions):
+    kernel = KERNELS[keys.dtype]
+    return attend(q, keys, values, table, positions, implementation=kernel)
 
 
 def check_decode(arrays, positions, capsys):
@@ -36,7 +42,8 @@ def check_decode(arrays, positions, capsys):
     check_close(out, truth(*arrays), TOLERANCE, "output")
     assert np.all(np.asarray(out)[np.asarray(positions) < 0] == 0)
     q, keys, values = pages
-    keys, values = (jnp.where(jnp.isnan(x), jnp.inf, x) for x in (keys, values))
+    most = jnp.finfo(keys.dtype).max if keys.dtype == jnp.float8_e4m3fn else jnp.inf
+    keys, values = (jnp.where(jnp.isnan(x), jnp.asarray(most, x.dtype), x) for x in (keys, values))
     beyond = jnp.arange(table.shape[1]) * keys.shape[1] > inside.max(axis=1)[:, None]
     other = decode(q, keys, values, jnp.where(beyond, -7, table), positions)
     assert np.array_equal(bits(other), bits(out))
@@ -60,6 +67,23 @@ def test_several_queries(interpreted, capsys):
     arrays[-1] = arrays[-1][:, :3]  # all of 384 keys
     beyond = np.where(np.equal(positions, 383), 9000, positions)
     check_decode([*arrays, jnp.asarray(positions)], jnp.asarray(beyond, jnp.int32), capsys)
+
+
+def test_fp8(interpreted, capsys):
+    """The same rows; queries of very different sizes, which fp16 could not hold together."""
+    positions = [[-1], [0], [63], [-1], [64], [700], [127], [-1]]
+    q, *rest = case(positions, heads=8, kv_heads=2, dim=128, slots=16, **FP8)
+    sizes = jnp.exp2(jnp.arange(-30, 34, 8)[:, None]).astype(jnp.bfloat16)
+    check_decode((q, *rest), rest[-1], capsys)
+    check_decode((q * sizes, *rest), rest[-1], capsys)
+
+
+def test_fp8_keeps_many_small_weights_together(interpreted):
+    """A key in 64 weighs 1 and the others exp(-18): fp16 alone would take these for nothing."""
+    q, keys, values, *rest = case([[700]], heads=1, kv_heads=1, dim=64, slots=64, **FP8)
+    keys = jnp.full_like(keys, -1.125).at[:, 0].set(1.125)  # scores are 64 products over sqrt(64)
+    arrays = (jnp.ones_like(q), keys, jnp.ones_like(values).at[:, 0].set(0), *rest)
+    check_close(decode(*arrays), truth(*arrays), TOLERANCE, "output")
 
 
 @pytest.mark.parametrize("workers", [1, 5, 33])
@@ -91,10 +115,11 @@ def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
         assert {x for x in places.values() if x[0] == row} == wanted
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
-def test_shared_memory_holds_the_ring(dim):
-    shape = gpu_decode._Shape(1, 8, dim, 8, 64, 256, 1.0)
-    ring = 2 * shape.slots * gpu_decode.TILE * dim * 2
+def test_shared_memory_holds_the_ring(dim, narrow):
+    shape = gpu_decode._Shape(1, 8, dim, 8, 64, 256, 1.0, narrow)
+    ring = 2 * gpu_decode.TILE * dim * (shape.slots + 2 if narrow else 2 * shape.slots)
     barriers = (1 + 2 * shape.slots) * 8
     worker = ring + gpu_decode.ROWS * dim * 2 + barriers
     assert worker <= 227 * 1024  # the most of one
@@ -106,24 +131,25 @@ SPEC = jax.ShapeDtypeStruct
 MODELS = {name: preset(name) for name in ("bench-4b", "minimax-text-01")}
 
 
-def arguments(config, rows, queries, reach, slots=256, dtype=jnp.bfloat16):
+def arguments(config, rows, queries, reach, slots=256, dtype=jnp.bfloat16, page_dtype=None):
     """Shapes of the arguments of a layer whose rows reach so far, in a pool of ten layers."""
     pages = 10 * rows * reach // slots
     heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
     return (
         SPEC((rows, queries, heads, dim), dtype),
-        *(SPEC((pages, slots, kv_heads, dim), dtype) for _ in range(2)),
+        *(SPEC((pages, slots, kv_heads, dim), page_dtype or dtype) for _ in range(2)),
         SPEC((rows, reach // slots), jnp.int32),
         SPEC((rows, queries), jnp.int32),
     )
 
 
+@pytest.mark.parametrize("types", [dict(), FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     ("rows", "queries", "reach"), [(1, 1, 4 << 20), (64, 1, 1 << 20), (8, 4, 32_768)]
 )
-def test_kernels_lower_for_cuda(config, rows, queries, reach):
-    arrays = arguments(config, rows, queries, reach)
+def test_kernels_lower_for_cuda(config, rows, queries, reach, types):
+    arrays = arguments(config, rows, queries, reach, **types)
     program = jax.jit(functools.partial(gpu_decode.paged_attention, scale=0.1))
     text = program.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2  # attend, merge
@@ -131,28 +157,32 @@ def test_kernels_lower_for_cuda(config, rows, queries, reach):
 
 def test_other_shapes_lower_for_cuda():
     config = MODELS["bench-4b"]
-    for dim, slots in ((64, 16), (96, 32), (256, 64)):
-        *arrays, table, positions = arguments(config, 2, 1, 1024, slots)
+    for dim, slots, types in (
+        (64, 16, {}), (96, 32, {}), (256, 64, {}), (64, 16, FP8), (192, 32, FP8), (256, 64, FP8)
+    ):  # fmt: skip
+        *arrays, table, positions = arguments(config, 2, 1, 1024, slots, **types)
         arrays = (SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays)
         program = jax.jit(functools.partial(gpu_decode.paged_attention, scale=0.1))
         program.trace(*arrays, table, positions).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize(
-    ("rows", "queries", "dtype", "capability", "name"),
+    ("rows", "queries", "types", "capability", "name"),
     [
-        (64, 1, jnp.bfloat16, (9, 0), "pallas_gpu"),
-        (1, 8, jnp.bfloat16, (9, 0), "pallas_gpu"),
-        (1, 9, jnp.bfloat16, (9, 0), "cudnn"),
-        (1, 8192, jnp.bfloat16, (9, 0), "cudnn"),
-        (64, 1, jnp.bfloat16, (8, 0), "cudnn"),
-        (64, 1, jnp.float32, (9, 0), "xla"),
-        (64, 1, jnp.bfloat16, None, "xla"),
+        (64, 1, dict(), (9, 0), "pallas_gpu"),
+        (1, 8, dict(), (9, 0), "pallas_gpu"),
+        (1, 9, dict(), (9, 0), "cudnn"),
+        (1, 8192, dict(), (9, 0), "cudnn"),
+        (1, 8192, FP8, (9, 0), "cudnn"),
+        (64, 1, FP8, (9, 0), "xla"),
+        (64, 1, dict(), (8, 0), "cudnn"),
+        (64, 1, dict(dtype=jnp.float32), (9, 0), "xla"),
+        (64, 1, dict(), None, "xla"),
     ],
 )
-def test_the_choice(rows, queries, dtype, capability, name, monkeypatch):
+def test_the_choice(rows, queries, types, capability, name, monkeypatch):
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: capability)
-    arrays = arguments(MODELS["minimax-text-01"], rows, queries, 4096, dtype=dtype)
+    arrays = arguments(MODELS["minimax-text-01"], rows, queries, 4096, **types)
     chosen = dispatch.select("", api.IMPLEMENTATIONS, None, *arrays, scale=1.0)
     assert chosen.name == name
 
@@ -166,16 +196,23 @@ def test_the_choice(rows, queries, dtype, capability, name, monkeypatch):
         (dict(queries=17), "17 queries of 4 heads a key head: at most 64 together"),
         (dict(slots=48), "pages of 48 slots: they must be 16, 32 or a multiple of 64"),
         (dict(dim=24), "head size 24: it must be a multiple of 32 and at most 256"),
+        (FP8, "pages of float8_e4m3fn: they must be bfloat16"),
+        (dict(implementation="pallas_gpu_fp8"), "pages of bfloat16: they must be float8_e4m3fn"),
+        (
+            dict(FP8, dim=96, implementation="pallas_gpu_fp8"),
+            "head size 96: it must be a multiple of 64 and at most 256",
+        ),
     ],
 )
 def test_refusals(change, reason, monkeypatch):
+    change = dict(change)
     if change:
         monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
-    dim = change.pop("dim", 128)
+    dim, kernel = change.pop("dim", 128), change.pop("implementation", "pallas_gpu")
     *arrays, table, positions = arguments(
         MODELS["bench-4b"], 1, change.pop("queries", 1), 480, change.pop("slots", 16), **change
     )
     arrays = [SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays]
     arrays = [jnp.zeros(x.shape, x.dtype) for x in (*arrays, table, positions)]
     with pytest.raises(NotImplementedError, match=reason):
-        paged_attention(*arrays, implementation="pallas_gpu")
+        paged_attention(*arrays, implementation=kernel)

@@ -7,8 +7,9 @@ a row sees is a rectangle, the keys before its first query, and a triangle, its 
     triangle    the keys of the queries' own positions, causal
 
 Each is one call of cuDNN's fused attention, which gives the log-sum-exp in fp32; outputs are merged
-by it, in fp32. Rows may begin at different positions. Positions of any other kind (a step of
-several queries that are not consecutive, say) take the XLA form, chosen on the device.
+by it, in fp32. Rows may begin at different positions. Pages of fp8 are cast as they are gathered.
+Positions of any other kind (a step of several queries that are not consecutive, say) take the XLA
+form, chosen on the device.
 """
 
 from typing import NamedTuple
@@ -40,8 +41,8 @@ def unsupported(
     del page_table, positions
     if return_lse:
         return "return_lse"
-    if key_pages.dtype != q.dtype:
-        return f"pages of {key_pages.dtype}: they must be of the queries' dtype, {q.dtype}"
+    if key_pages.dtype != q.dtype and q.shape[1] == 1:
+        return f"one query a row and pages of {key_pages.dtype}: they would all be cast for it"
     if 0 in q.shape:
         return f"empty queries, of shape {q.shape}"
     if q.size >= 1 << 31:
@@ -107,7 +108,8 @@ def _attend(spans: _Spans, q, key_pages, value_pages, page_table, *, scale: floa
         more = _fused(q, keys, values, spans.counts, before, causal=False, scale=scale)
         return _merge(carry, more)
 
-    keys, values = _own_keys(spans, q.shape[1], key_pages, value_pages, page_table)
+    own = _own_keys(spans, q.shape[1], key_pages, value_pages, page_table)
+    keys, values = (x.astype(q.dtype) for x in own)
     out, lse = _fused(q, keys, values, spans.counts, spans.counts, causal=True, scale=scale)
     number = -(-jnp.max(spans.starts) // block)
     out, _ = jax.lax.fori_loop(0, number, add_block, (out.astype(jnp.float32), lse))

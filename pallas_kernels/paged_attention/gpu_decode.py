@@ -11,8 +11,9 @@ tiles ahead of the arithmetic and across rows. The query heads of a key head, of
 the rows of the products: up to 64 of them cost the same. Two workers share a multiprocessor, so
 that one multiplies while the other takes exponentials.
 
-The share, and with it the order of summation, follows from the lengths of all rows: a row's last
-bits depend on how long its neighbours are, never on what they hold.
+Pages of fp8 (e4m3) halve the bytes. A tile goes through registers and back to shared memory in
+fp16: it holds every such number, and one conversion makes two of them, where bf16 would take three.
+The queries are divided by powers of two into fp16's range.
 """
 
 import functools
@@ -40,6 +41,8 @@ RESERVED_MEMORY = 1024 + 512  # that, and barriers
 MERGE_WIDTH = 128  # values a warpgroup holds one each
 MERGED = 8  # partial results read at a time
 LOWEST = -1e38  # below any score, and its differences are finite
+# Weights in fp16 are so many times larger, so that many small ones together are not lost.
+ENLARGED = 2.0**14
 LOG2_E = math.log2(math.e)
 
 untyped: Any = plgpu  # parts of its interface that type checkers do not see
@@ -60,26 +63,35 @@ def unsupported(
     del value_pages, page_table, positions, scale
     if return_lse:
         return "return_lse"
-    return platform.other_than_hopper() or unsupported_arguments(q, key_pages)
+    return platform.other_than_hopper() or unsupported_arguments(q, key_pages, jnp.bfloat16)
+
+
+def unsupported_fp8(q, key_pages, value_pages, page_table, positions, **static) -> str | None:
+    """The same for pages of fp8."""
+    del value_pages, page_table, positions
+    if static.get("return_lse"):
+        return "return_lse"
+    return platform.other_than_hopper() or unsupported_arguments(q, key_pages, jnp.float8_e4m3fn)
 
 
 def unsupported_arguments(
-    q: Float[Array, "B T H K"], key_pages: Float[Array, "P S G K"]
+    q: Float[Array, "B T H K"], key_pages: Float[Array, "P S G K"], page_dtype: Any
 ) -> str | None:
     """The part of `unsupported` that does not depend on the machine."""
     _, length, heads, dim = q.shape
     slots, kv_heads = key_pages.shape[1:3]
     if q.dtype != jnp.bfloat16:
         return f"dtype {q.dtype}: it must be bfloat16"
-    if key_pages.dtype != q.dtype:
-        return f"pages of {key_pages.dtype}: they must be bfloat16"
+    if key_pages.dtype != page_dtype:
+        return f"pages of {key_pages.dtype}: they must be {jnp.dtype(page_dtype)}"
     if 0 in q.shape:
         return f"empty queries, of shape {q.shape}"
     rows = length * heads // kv_heads
     if rows > ROWS:
         return f"{length} queries of {heads // kv_heads} heads a key head: at most {ROWS} together"
-    if dim % 32 or dim > MAX_DIM:
-        return f"head size {dim}: it must be a multiple of 32 and at most {MAX_DIM}"
+    step = 64 // key_pages.dtype.itemsize
+    if dim % step or dim > MAX_DIM:
+        return f"head size {dim}: it must be a multiple of {step} and at most {MAX_DIM}"
     if slots % TILE and slots not in (16, 32):
         return f"pages of {slots} slots: they must be 16, 32 or a multiple of {TILE}"
     return None
@@ -135,6 +147,7 @@ class _Shape:
     pages: int
     page_slots: int
     scale: float
+    narrow: bool = False  # pages of fp8
 
     @property
     def workers_a_core(self) -> int:
@@ -149,7 +162,8 @@ class _Shape:
     def slots(self) -> int:
         """Tiles of keys, and of values, in the ring."""
         memory = SHARED_MEMORY // self.workers_a_core - RESERVED_MEMORY
-        return min((memory // (2 * self.dim) - ROWS) // (2 * TILE), MAX_SLOTS)
+        memory -= 2 * self.dim * (ROWS + (2 * TILE if self.narrow else 0))
+        return min(memory // (self.dim * 2 * TILE * (1 if self.narrow else 2)), MAX_SLOTS)
 
     @property
     def copies(self) -> int:
@@ -179,31 +193,48 @@ def paged_attention(
     pages, slots, kv_heads, _ = key_pages.shape
     repeats = heads // kv_heads
     rows = length * repeats
-    shape = _Shape(
-        batch, kv_heads, dim, -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT, pages, slots, scale
-    )
+    query_rows = -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    narrow = key_pages.dtype != q.dtype
+    shape = _Shape(batch, kv_heads, dim, query_rows, pages, slots, scale, narrow)
     positions = jnp.clip(positions, -1, page_table.shape[1] * slots - 1)
     plan = _plan(jnp.max(positions, axis=1), shape.workers)
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, repeats, dim), 2, 1)
     grouped = grouped.reshape(batch, kv_heads, rows, dim)
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, shape.query_rows - rows), (0, 0)))
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, query_rows - rows), (0, 0)))
     limits = jnp.pad(
         jnp.repeat(positions, repeats, axis=1), ((0, 0), (0, ROWS - rows)), constant_values=-1
     )
-    parts, weights = _attend(shape, plan, page_table, limits, grouped, key_pages, value_pages)
+    factors = None
+    if narrow:
+        grouped, factors = _in_fp16(grouped)
+    arrays = (limits, factors, grouped, key_pages, value_pages)
+    parts, weights = _attend(shape, plan, page_table, *arrays)
     out = _merge(shape, rows, plan.rows, parts, weights)[..., :dim]
     out = out.reshape(batch, kv_heads, length, repeats, dim)
     return jnp.moveaxis(out, 1, 2).reshape(q.shape)
+
+
+def _in_fp16(
+    q: Float[Array, "B G M K"],
+) -> tuple[Float[Array, "B G M K"], Float[Array, "B G R"]]:
+    """Queries divided by powers of two, and those; what fp16 then loses is 2^-25 of the largest."""
+    _, exponents = jnp.frexp(jnp.max(jnp.abs(q.astype(jnp.float32)), axis=3))
+    scaled = jnp.ldexp(q.astype(jnp.float32), -exponents[..., None]).astype(jnp.float16)
+    factors = jnp.ldexp(jnp.ones(exponents.shape, jnp.float32), exponents)
+    return scaled, jnp.pad(factors, ((0, 0), (0, 0), (0, ROWS - q.shape[2])))
 
 
 # ---------------------------------------------------------------- partial results
 
 
 class _Refs(NamedTuple):
+    """In the order of a launch; of pages in bf16 without `factors`, and each `wide` its ring."""
+
     work: Any
     rows: Any
     table: Any
     limits: Any
+    factors: Any
     q: Any
     keys: Any
     values: Any
@@ -212,38 +243,47 @@ class _Refs(NamedTuple):
     queries: Any
     key_ring: Any
     value_ring: Any
+    wide_keys: Any
+    wide_values: Any
     queries_loaded: Any
     keys_loaded: Any
     values_loaded: Any
 
 
+_OF_NARROW = ("factors", "wide_keys", "wide_values")
+
+
 # A program of its own, so that a model with many layers holds and lowers the kernel once.
 @functools.partial(jax.jit, static_argnums=0)
-def _attend(shape: _Shape, plan: _Plan, table, limits, q, keys, values):
+def _attend(shape: _Shape, plan: _Plan, table, limits, factors, q, keys, values):
     """Partial results and their log-sum-exps, base 2.
 
     The worker w that reads of row b leaves [ROWS, width] and [ROWS] at place b + w of its key head:
     going along the list, either grows whenever a new partial result begins.
     """
     places = shape.batch + shape.workers - 1
-    swizzle = 128 if shape.dim % 64 == 0 else 64  # bytes
-    tiling = untyped.TilingTransform((8, swizzle // 2))
+    absent = {} if shape.narrow else dict.fromkeys(_OF_NARROW)
+    names = [name for name in _Refs._fields if name not in absent]
 
-    def buffer(*dims: int):
+    def buffer(*dims: int, dtype: Any = q.dtype):
+        size = jnp.dtype(dtype).itemsize
+        swizzle = 128 if shape.dim * size % 128 == 0 else 64  # bytes
+        tiling = untyped.TilingTransform((8, swizzle // size))
         transforms = (tiling, untyped.SwizzleTransform(swizzle))
-        return plgpu.SMEM((*dims, shape.dim), jnp.bfloat16, transforms=transforms)
+        return plgpu.SMEM((*dims, shape.dim), dtype, transforms=transforms)
 
     tiles_loaded = plgpu.Barrier(num_arrivals=shape.copies, num_barriers=shape.slots)
     kernel = plgpu.kernel(
-        lambda *refs: _work(shape, _Refs(*refs)),
+        lambda *refs: _work(shape, _Refs(**absent | dict(zip(names, refs, strict=True)))),
         out_type=[
             jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS, shape.width), jnp.float32),
             jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS), jnp.float32),
         ],
         scratch_types=[
             buffer(ROWS),
-            buffer(shape.slots, TILE),
-            buffer(shape.slots, TILE),
+            buffer(shape.slots, TILE, dtype=keys.dtype),
+            buffer(shape.slots, TILE, dtype=keys.dtype),
+            *([buffer(TILE), buffer(TILE)] if shape.narrow else []),
             plgpu.Barrier(),
             tiles_loaded,
             tiles_loaded,
@@ -254,7 +294,8 @@ def _attend(shape: _Shape, plan: _Plan, table, limits, q, keys, values):
         # Rows are reduced within a warp: that takes no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )
-    return kernel(plan.work, plan.rows, table, limits, q, keys, values)
+    scales = [factors] if shape.narrow else []
+    return kernel(plan.work, plan.rows, table, limits, *scales, q, keys, values)
 
 
 @dataclass(frozen=True)
@@ -302,11 +343,11 @@ def _work(shape: _Shape, refs: _Refs) -> None:
 
     def row_after_row(carry):
         index, row, ahead = carry
-        limits = _begin(share, row)
+        queries = _begin(share, row)
         start = (_full((ROWS,), LOWEST, _ROWS), _full((ROWS,), 0.0, _ROWS))
         start += (_full((ROWS, shape.dim), 0.0, plgpu.Layout.WGMMA), ahead)
         end = jnp.minimum(row.end, share.count)
-        step = functools.partial(_step, share, row, limits)
+        step = functools.partial(_step, share, row, queries)
         top, total, acc, ahead = lax.fori_loop(index, end, step, start)
         _finish(share, row, top, total, acc)
         return end, _row(share, row.following), ahead
@@ -365,37 +406,57 @@ def _load(share: _Share, place: _Place, index, what: Literal["key", "value"]) ->
 
 
 def _begin(share: _Share, row: _Row):
-    """Fetch a row's queries; the last key that each row of the product sees."""
+    """Fetch a row's queries; the last key that each row of the product sees, and its factor."""
     refs = share.refs
     target = refs.queries.at[pl.ds(0, share.shape.query_rows)]
     plgpu.copy_gmem_to_smem(refs.q.at[row.number, share.head], target, refs.queries_loaded)
     limits = plgpu.load(refs.limits.at[row.number], layout=_ROWS, optimized=False)
+    factors = None
+    if share.shape.narrow:
+        place = refs.factors.at[row.number, share.head]
+        factors = plgpu.load(place, layout=_ROWS, optimized=False) * (share.shape.scale * LOG2_E)
     plgpu.barrier_wait(refs.queries_loaded)
-    return limits
+    return limits, factors
 
 
 def _over_columns(rows, columns: int):
     return lax.broadcast_in_dim(rows, (ROWS, columns), [0])
 
 
-def _step(share: _Share, row: _Row, limits, index, carry):
+def _operand(ring, wide):
+    """A tile as the products take it: itself, or a wider copy of it."""
+    if wide is None:
+        return ring
+    tile = plgpu.load(ring, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+    # One copy of keys and one of values are enough: all warps meet at the other's, so that none
+    # still reads this one.
+    wide[...] = tile.astype(wide.dtype)
+    plgpu.commit_smem()
+    return wide
+
+
+def _step(share: _Share, row: _Row, queries, index, carry):
     """Attend to one tile; its slots in the ring are filled again as soon as they are read."""
     shape, refs = share.shape, share.refs
+    limits, factors = queries
     top, total, acc, ahead = carry
     slot = lax.rem(index, jnp.int32(shape.slots))
     first = (index - row.begin) * TILE  # key of the tile
 
+    plgpu.barrier_wait(refs.keys_loaded.at[slot])
+    keys = _operand(refs.key_ring.at[slot], refs.wide_keys)
+
     def score(accumulator):
-        plgpu.wgmma(accumulator, refs.queries, refs.key_ring.at[slot].transpose((1, 0)))
+        plgpu.wgmma(accumulator, refs.queries, keys.transpose((1, 0)))
         return accumulator[...]
 
-    plgpu.barrier_wait(refs.keys_loaded.at[slot])
     scores: Any = pl.run_scoped(score, untyped.ACC((ROWS, TILE), jnp.float32))
     _load(share, ahead, index + shape.slots, "key")
 
     key = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
     visible = key <= _over_columns(limits - first, TILE)
-    scores = jnp.where(visible, scores * (shape.scale * LOG2_E), -jnp.inf)
+    scale = shape.scale * LOG2_E if factors is None else _over_columns(factors, TILE)
+    scores = jnp.where(visible, scores * scale, -jnp.inf)
     new_top = jnp.maximum(top, jnp.max(scores, axis=1))
     shrink = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores - _over_columns(new_top, TILE))
@@ -403,10 +464,12 @@ def _step(share: _Share, row: _Row, limits, index, carry):
     acc = acc * _over_columns(shrink, shape.dim)
 
     plgpu.barrier_wait(refs.values_loaded.at[slot])
-    values = refs.value_ring.at[slot]
+    values = _operand(refs.value_ring.at[slot], refs.wide_values)
     last = row.last - first
     pl.when(last < TILE - 1)(lambda: _clear(values, last))
-    acc = _add_product(acc, weights.astype(jnp.bfloat16), values)
+    if shape.narrow:
+        weights = weights * ENLARGED
+    acc = _add_product(acc, weights.astype(values.dtype), values)
     _load(share, ahead, index + shape.slots, "value")
     return new_top, total, acc, _next(share, ahead, index + shape.slots)
 
@@ -434,7 +497,8 @@ def _finish(share: _Share, row: _Row, top, total, acc) -> None:
     place = (share.head, row.number + share.worker)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    refs.parts.at[(*place, slice(None), pl.ds(0, dim))][...] = acc / _over_columns(total, dim)
+    divisor = total * ENLARGED if share.shape.narrow else total
+    refs.parts.at[(*place, slice(None), pl.ds(0, dim))][...] = acc / _over_columns(divisor, dim)
     refs.weights.at[place][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, LOWEST)
 
 
