@@ -7,7 +7,6 @@
     peers   torch's SDPA with cuDNN and with FlashAttention-2 on the same shapes
     packed  documents of mean length 1024, borders traced
     blocks  one block of ring attention: forward with log-sum-exp, and its backward pass
-    long    128K tokens, the heads of bench-4b: by halves, as they are, and in one call
     xla     the XLA form on the first shape
 
 TFLOP/s count the causal half of the matrix: 2 T^2 H D forward, 7 T^2 H D with backward, a batch
@@ -299,20 +298,6 @@ def blocks(report: Report) -> None:
         rate(report, BLOCK, "backward", who.replace("with", "given"), ms, causal)
 
 
-def long(report: Report) -> None:
-    heads, kv_heads, length = 16, 4, 1 << 17
-    q, k, v, grad = operands(1, length, heads, kv_heads)
-    as_it_is = gpu_cudnn.WHOLE
-    for whole in (as_it_is, length):
-        gpu_cudnn.WHOLE = whole
-        # Functions of their own, or the second would find the programs of the first.
-        forward, back = jax.jit(lambda *x: ours(*x)), both(lambda *x: ours(*x))
-        report.add(length=length, heads=heads, kv_heads=kv_heads, whole=whole,
-                   forward_ms=milliseconds(forward, q, k, v, batch_ms=100),
-                   both_ms=milliseconds(back, q, k, v, grad, batch_ms=500))  # fmt: skip
-    gpu_cudnn.WHOLE = as_it_is
-
-
 def xla_form(report: Report) -> None:
     shape = SHAPES[0]
     q, k, v, grad = operands(*shape)
@@ -321,9 +306,7 @@ def xla_form(report: Report) -> None:
     rate(report, shape, "fwd+bwd", "ours, xla form", milliseconds(both(run), q, k, v, grad))
 
 
-PARTS = dict(
-    check=check, packed=packed, blocks=blocks, long=long, speed=speed, peers=peers, xla=xla_form
-)
+PARTS = dict(check=check, packed=packed, blocks=blocks, speed=speed, peers=peers, xla=xla_form)
 
 
 def main() -> None:
