@@ -27,8 +27,8 @@ class Setting:
 
     Attributes:
       config: of the training steps.
-      rows, length, remat, moment: of a training step: rows a device, tokens a row, what is computed
-        again, dtype of AdamW's first moment.
+      rows, length, remat, moment, capacity: of a training step: rows a device, tokens a row, what
+        is computed again, dtype of AdamW's first moment, room of each expert.
       lasp_length, lasp_heads: tokens, and numbers of heads of which the first that fits is taken.
       ring_length, ring_heads, document: tokens, query and key heads, mean length of a document.
       moe: whose experts; moe_tokens: on each device.
@@ -42,6 +42,7 @@ class Setting:
     length: int
     remat: Any
     moment: Any
+    capacity: float | None
     lasp_length: int
     lasp_heads: tuple[int, ...]
     ring_length: int

@@ -50,6 +50,7 @@ def train(emit: Emit, setting: Setting, name: str) -> None:
         RATE,
         optimizer=OptimizerOptions(first_moment_dtype=setting.moment),
         remat=setting.remat,
+        capacity_factor=setting.capacity,
         spike_sigma=math.inf,  # one batch again and again is no data to know a spike by
     )
     rows = np.random.default_rng(0).integers(
@@ -80,6 +81,7 @@ def train(emit: Emit, setting: Setting, name: str) -> None:
     about = {"mfu": flops * speed / devices / peak} if peak else {}
     emit(part=name, devices=devices, rows=setting.rows, length=setting.length, remat=setting.remat,
          moment=setting.moment, ms=ms, tokens_per_s=speed, **about, loss=loss,
+         capacity=setting.capacity, dropped=float(np.mean(held[1]["dropped_tokens"])),
          router_load=float(np.max(held[1]["router_load"])), compile_s=compile_s)  # fmt: skip
     emit(memory=name, compiled_GB=compiled_GB(step), **measured_GB(devices))
     if setting.trace and name in ("fsdp", "expert"):
@@ -115,7 +117,7 @@ def plan(emit: Emit, setting: Setting) -> None:
             batch=devices * setting.rows,
             remat=setting.remat,
             optimizer_dtype=setting.moment,
-            capacity_factor=None,
+            capacity_factor=setting.capacity,
         )
         found = make_plan(ask)
         flops = devices * (sum(part.flops for part in found.bound.parts) - found.flops_again)

@@ -87,20 +87,51 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=4096, help="of its rows")
     parser.add_argument("--remat", default="", help="none, layer or superblock; as memory allows")
     parser.add_argument("--moment", default="", help="dtype of AdamW's first; as memory allows")
+    parser.add_argument("--capacity", type=float, help="room of an expert, 1 being even; no bound")
     parser.add_argument("--seconds", type=float, default=5, help="of timing a training step")
     parser.add_argument("--trace", default="", metavar="DIR", help="profile, and keep it there")
     return parse(parser, PARTS)
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
-    trace, remat, moment = options.trace, options.remat, options.moment
+    common = dict(
+        remat=options.remat,
+        moment=options.moment,
+        capacity=options.capacity,
+        trace=options.trace,
+    )
     if options.smoke:
         tiny = dataclasses.replace(mmx.preset("tiny"), layer_kinds=("lightning", "softmax"))
-        return Setting(tiny, 2, 64, remat, moment, 1024, (4, 2), 256, (4, 2), 64, tiny, 64, 16, 0.2,
-                       trace)  # fmt: skip
-    return Setting(mmx.preset(options.preset), options.rows, options.length, remat, moment, 1 << 20,
-                   (64, 32, 16), 1 << 18, (32, 4), 1 << 15, mmx.preset("minimax-text-01"), 16384,
-                   128, options.seconds, trace)  # fmt: skip
+        return Setting(
+            config=tiny,
+            rows=2,
+            length=64,
+            lasp_length=1024,
+            lasp_heads=(4, 2),
+            ring_length=256,
+            ring_heads=(4, 2),
+            document=64,
+            moe=tiny,
+            moe_tokens=64,
+            head_dim=16,
+            seconds=0.2,
+            **common,
+        )
+    return Setting(
+        config=mmx.preset(options.preset),
+        rows=options.rows,
+        length=options.length,
+        lasp_length=1 << 20,
+        lasp_heads=(64, 32, 16),
+        ring_length=1 << 18,
+        ring_heads=(32, 4),
+        document=1 << 15,
+        moe=mmx.preset("minimax-text-01"),
+        moe_tokens=16384,
+        head_dim=128,
+        seconds=options.seconds,
+        **common,
+    )
 
 
 def main() -> int:
