@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 
 from pallas_kernels import platform
-from pallas_kernels.softmax_attention import gpu_cudnn, reference, xla
+from pallas_kernels.softmax_attention import cudnn_calls, reference, xla
 
-cudnn = gpu_cudnn.cudnn
+cudnn = cudnn_calls.cudnn
 
 
 def install(monkeypatch) -> None:
@@ -40,7 +40,7 @@ class Backward:
         else:
             sample, position, shape = _places(*operands)
             lse = statistics[jnp.minimum(sample, shape[0] - 1), :, position]
-        lse = jnp.where(lse >= gpu_cudnn.NOTHING_SEEN, -jnp.inf, lse)
+        lse = jnp.where(lse >= cudnn_calls.NOTHING_SEEN, -jnp.inf, lse)
         gradients = xla.attention_block_backward(
             q, k, v, out, lse, grad_out, ids, kv_ids, 0, causal=_causal(mask_type), scale=scale
         )

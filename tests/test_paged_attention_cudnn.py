@@ -23,7 +23,7 @@ def simulated(monkeypatch):
     """A Hopper GPU whose cuDNN is the simulator, which gives NaN where nothing is promised."""
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
     primitive = "_dot_product_attention_fwd_p_wrapper"
-    monkeypatch.setattr(gpu_cudnn.fused.cudnn, primitive, cudnn_simulator.Forward())
+    monkeypatch.setattr(gpu_cudnn.cudnn_calls.cudnn, primitive, cudnn_simulator.Forward())
     monkeypatch.setattr(gpu_cudnn, "MAX_BLOCK", 32)
     yield
     jax.clear_caches()

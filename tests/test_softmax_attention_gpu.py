@@ -8,7 +8,7 @@ import pytest
 from kernel_cases import SOFTMAX_CASES, check_close, check_softmax, named
 
 from pallas_kernels import attention_block_backward, platform, softmax_attention
-from pallas_kernels.softmax_attention import gpu_cudnn
+from pallas_kernels.softmax_attention import cudnn_calls, gpu_cudnn, gpu_cudnn_packed
 
 TOLERANCE = 6e-3  # bf16 results of bf16 probabilities, as for the other forms
 
@@ -106,7 +106,7 @@ def test_pieces_of_a_packed_row_equal_the_xla_form(simulated):
 def test_what_pieces_of_a_row_have_in_common():
     rows = [[2, 2, 3, 3], [0, 3, 0, 0], [5, 6, 7, 8], [0, 0, 0, 0], [4, 4, 4, 4]]
     kv_rows = [[1, 2, 2, 0], [1, 2, 2, 3], [1, 1, 2, 2], [1, 1, 1, 1], [0, 4, 4, 4]]
-    groups = gpu_cudnn._common(jnp.asarray(rows), jnp.asarray(kv_rows))
+    groups = gpu_cudnn_packed._common(jnp.asarray(rows), jnp.asarray(kv_rows))
     queries, keys, statistic, position = groups.group(0)
     assert bool(groups.in_order)
     assert int(groups.number) == 1
@@ -117,21 +117,23 @@ def test_what_pieces_of_a_row_have_in_common():
     np.testing.assert_array_equal(statistic[:, :2], [[0, 0], [0, 1], [0, 0], [0, 0], [2, 2]])
     np.testing.assert_array_equal(position[4], [0, 1, 2, 3])
     for ids, kv_ids in (([1, 2], [2, 3]), ([2, 1], [1, 1]), ([3, 3], [3, 1]), ([1, 0, 1], [1, 1])):
-        assert not gpu_cudnn._common(jnp.asarray([ids]), jnp.asarray([kv_ids])).in_order
-    nothing = gpu_cudnn._common(jnp.asarray([[2, 2]]), jnp.asarray([[1, 1]]))
+        assert not gpu_cudnn_packed._common(jnp.asarray([ids]), jnp.asarray([kv_ids])).in_order
+    nothing = gpu_cudnn_packed._common(jnp.asarray([[2, 2]]), jnp.asarray([[1, 1]]))
     assert int(nothing.number) == 0
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_only_ids_in_packing_order_go_to_cudnn(name):
-    samples = gpu_cudnn._samples(jnp.asarray(ROWS[name], jnp.int32))
+    samples = gpu_cudnn_packed._samples(jnp.asarray(ROWS[name], jnp.int32))
     assert bool(samples.in_order) == (name not in ("hole_in_a_sample", "falling_ids"))
 
 
 @pytest.mark.parametrize("name", ["padded", "empty_row", "many_samples"])
 def test_samples_go_to_cudnn_some_at_a_time(name, simulated, monkeypatch):
-    monkeypatch.setattr(gpu_cudnn, "MAX_SAMPLES", 3)
-    monkeypatch.setattr(gpu_cudnn, "WORKSPACE_BYTES", 1)  # one at a time, each head by itself
+    monkeypatch.setattr(gpu_cudnn_packed, "MAX_SAMPLES", 3)
+    monkeypatch.setattr(
+        gpu_cudnn_packed, "WORKSPACE_BYTES", 1
+    )  # one at a time, each head by itself
     test_traced_samples_equal_the_xla_form(name, None)
 
 
@@ -146,12 +148,12 @@ def test_long_rows_by_halves_equal_the_xla_form(length, calls, simulated, monkey
     monkeypatch.setattr(gpu_cudnn, "WHOLE", 16)
     lengths = []
 
-    def bind(*operands, original=gpu_cudnn.cudnn._dot_product_attention_fwd_p_wrapper, **static):
+    def bind(*operands, original=cudnn_calls.cudnn._dot_product_attention_fwd_p_wrapper, **static):
         lengths.append((static["mask_type"].name, operands[0].shape[:2]))
         return original.bind(*operands, **static)
 
     monkeypatch.setattr(
-        gpu_cudnn.cudnn, "_dot_product_attention_fwd_p_wrapper", SimpleNamespace(bind=bind)
+        cudnn_calls.cudnn, "_dot_product_attention_fwd_p_wrapper", SimpleNamespace(bind=bind)
     )
     rng = np.random.default_rng(length)
     q, k, v, grad = (
@@ -224,16 +226,16 @@ def test_program_for_cuda_calls_cudnn(packed):
 
 
 def test_what_cudnn_keeps_on_the_side_stays_small():
-    least = gpu_cudnn.MIN_SAMPLES
+    least = gpu_cudnn_packed.MIN_SAMPLES
     for shape in ((1, 64, 2, 64), (8, 8192, 64, 128), (2, 131072, 64, 128)):
         q, k = (jax.ShapeDtypeStruct((*shape[:2], n, shape[3]), jnp.bfloat16) for n in (64, 8))
-        pieces, limit = gpu_cudnn._forward_plan(q, k)
+        pieces, limit = gpu_cudnn_packed._forward_plan(q, k)
         assert limit == least or 4 * limit * np.prod(q.shape[:3]) / pieces <= 1 << 30
         assert np.prod(q.shape) / pieces < 1 << 31
-        pieces, limit = gpu_cudnn._backward_plan(q, k)
+        pieces, limit = gpu_cudnn_packed._backward_plan(q, k)
         assert limit == least or 12 * limit * np.prod(q.shape) / pieces <= 4 << 30
         assert 8 % pieces == 0
-        assert least <= limit <= gpu_cudnn.MAX_SAMPLES
+        assert least <= limit <= gpu_cudnn_packed.MAX_SAMPLES
 
 
 def test_refusals_say_what_to_use_instead(monkeypatch):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.reference import gather
+from pallas_kernels.softmax_attention import cudnn_calls
 from pallas_kernels.softmax_attention import gpu_cudnn as fused
 
 BLOCK_BYTES = 256 << 20  # of the keys and values of one block
@@ -132,7 +133,7 @@ def _fused(q, k, v, q_length, kv_length, *, causal: bool, scale: float):
     # cuDNN's lengths are at least 1; what lies past them it multiplies by 0, which hides no NaN.
     exists = (jnp.arange(k.shape[1]) < kv_length[:, None])[..., None, None]
     k, v = (jnp.where(exists, x, 0) for x in (k, v))
-    mask = fused._Mask(causal, True, scale)
+    mask = cudnn_calls.Mask(causal, True, scale)
     q_length, length = (jnp.clip(n, 1, x.shape[1]) for n, x in ((q_length, q), (kv_length, k)))
     out, lse = fused._attend_primal(mask, q, k, v, q_length, length)
     return out, jnp.where((kv_length > 0)[:, None, None], lse, -jnp.inf)
