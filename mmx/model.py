@@ -285,7 +285,7 @@ def backbone(
     slots = None
     if cache is not None and advanced is not None:
         arrays = cache.lightning_states, cache.keys, cache.values
-        slots = Slots(*arrays, advanced.slot_segments, cache.num_slots)
+        slots = Slots(*arrays, advanced.slot_samples, cache.num_slots)
     x, slots, hidden, stats = trunk(
         params, tokens, config, sequence, slots, execution, remat_superblocks=remat == "superblock"
     )
@@ -374,7 +374,7 @@ def check_tokens(
 
 
 def _check_cache(cache: Cache, shape: tuple[int, ...], config: ModelConfig) -> None:
-    batch = cache.slot_segments.shape[0]
+    batch = cache.slot_samples.shape[0]
     if batch != shape[0]:
         raise ValueError(f"the cache holds {batch} rows, tokens have {shape[0]}")
     used = concrete(cache.num_slots)

@@ -21,7 +21,8 @@ def within_capacity(
     An expert takes ceil(capacity_factor * k * tokens / E) choices, first choices before second ones
     and then in the order of the tokens (GShard), however the batch is spread: devices tell each
     other how many choices of each rank each of their rows has for each expert, and no more. Padding
-    is never kept and takes no room. The weights of a token's other choices stay as they are.
+    is never kept and takes no room. The weights of a token's other choices stay as they are. Room
+    of more than a million choices may be a millionth less.
 
     Args:
       experts: chosen experts of this device's tokens, best first.

@@ -51,13 +51,35 @@ def lookup(
 
 def _rows(table, tokens, first, vocab_size: int) -> Float[Array, "B T D"]:
     """The rows from `first` on that are here, 0 for those elsewhere, NaN for those nowhere."""
+    # As uint32 a negative id is out of range too; out of range is never another row.
     if table.shape[0] == vocab_size:
-        # As uint32 a negative id is out of range too; out of range gives NaN, never another row.
-        return table.at[tokens.astype(jnp.uint32)].get(mode="fill", fill_value=jnp.nan)
-    here = (tokens - first).astype(jnp.uint32)
-    found = table.at[here].get(mode="fill", fill_value=0)
+        return _take(table, tokens.astype(jnp.uint32), jnp.nan)
+    found: Any = _take(table, (tokens - first).astype(jnp.uint32), 0)
     exists = (tokens >= 0) & (tokens < vocab_size)
     return jnp.where(exists[..., None], found, jnp.nan)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(table, index, absent: float) -> Float[Array, "B T D"]:
+    """Rows of a table, and `absent` for those it does not have; gradients are summed in fp32.
+
+    A frequent word has thousands of summands, and in bf16 a sum stands still after some hundreds.
+    """
+    return table.at[index].get(mode="fill", fill_value=absent)
+
+
+def _take_forward(table, index, absent):
+    return _take(table, index, absent), (table, index)
+
+
+def _take_backward(absent, saved, grad):
+    del absent
+    table, index = saved
+    total = jnp.zeros(table.shape, jnp.float32)
+    return total.at[index].add(grad.astype(jnp.float32), mode="drop").astype(table.dtype), None
+
+
+_take.defvjp(_take_forward, _take_backward)
 
 
 def token_losses(
@@ -146,7 +168,7 @@ def _blockwise(x, head, targets, *, logits, blocks: int, over: tuple[str, ...]):
 def losses_of(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], *, over: tuple[str, ...] = ()
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """-log softmax(logits)[target] and logsumexp(logits).
+    """-log softmax(logits)[target], NaN for a target out of range, and logsumexp(logits).
 
     Args:
       logits: fp32; of this device's words, when `over` names the mesh axes that split them.
@@ -155,7 +177,7 @@ def losses_of(
     """
     if not over:
         log_total = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        chosen = _logits_of(logits, targets)
         return log_total - chosen, log_total
     # The maximum only keeps the exponentials in range: the result does not depend on it.
     largest = jnp.max(jax.lax.stop_gradient(logits), axis=-1)
@@ -163,8 +185,18 @@ def losses_of(
     total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
     size = logits.shape[-1]
     place = targets - jax.lax.axis_index(over) * size
-    chosen = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[..., None], axis=-1)[..., 0]
-    chosen = jnp.where((place >= 0) & (place < size), chosen, 0)
+    here = (place >= 0) & (place < size)
+    elsewhere = (targets >= 0) & (targets < size * jax.lax.axis_size(over)) & ~here
+    chosen = jnp.where(elsewhere, 0, _logits_of(logits, place))
     total, chosen = jax.lax.psum((total, chosen), over)
     log_total = largest + jnp.log(total)
     return log_total - chosen, log_total
+
+
+def _logits_of(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """The logit of each target, NaN for one that is not among them."""
+    exists = (targets >= 0) & (targets < logits.shape[-1])
+    index = jnp.where(exists, targets, 0)
+    return jnp.where(
+        exists, jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0], jnp.nan
+    )

@@ -172,6 +172,14 @@ BAD = [
         dict(batch={"tokens": TOKENS, "labels": LABELS[:, :5]}),
         r"labels have shape \(3, 5\); tokens have \(3, 7\)",
     ),
+    (
+        dict(batch={"tokens": TOKENS, "labels": np.where(LABELS == -100, -1, LABELS)}),
+        r"labels contain -1; they must be ids in \[0, vocab_size=11\), or -100 where none counts",
+    ),
+    (
+        dict(batch={"tokens": TOKENS, "labels": TOKENS + 100}),
+        r"labels contain 1\d\d; they must be ids",
+    ),
     (dict(batch={"tokens": TOKENS, "mask": MASK[:2]}), r"mask has shape \(2, 7\)"),
     (dict(batch={"tokens": TOKENS + 11}), r"ids must be in \[0, vocab_size=11\)"),
 ]

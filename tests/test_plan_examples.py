@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from cpu_clock import cpu_seconds
 from random_models import random_params, random_tokens, small_config
@@ -118,25 +116,3 @@ def test_other_errors_pass_through():
     config = small_config("ls")
     ask = of_engine(config, random_params(config, 0), rows=2, tokens=512)
     assert (ask.mode, ask.batch, ask.seq) == ("decode", 2, 256)
-
-
-def test_a_first_moment_in_bf16_trains_nearly_the_same():
-    from mmx.training.optimizer import OptimizerOptions, make_optimizer
-
-    config = small_config("ls")
-    params = random_params(config, 0)
-    grads = jax.tree.map(lambda x: jnp.sin(x), params)
-    updates = {}
-    for dtype in ("float32", "bfloat16"):
-        optimizer = make_optimizer(config, OptimizerOptions(first_moment_dtype=dtype))
-        state, step = optimizer.init(params), jax.jit(optimizer.update)
-        moments = {leaf.dtype.name for leaf in jax.tree.leaves(state)}
-        assert (("bfloat16" in moments), "float32" in moments) == (dtype == "bfloat16", True)
-        for _ in range(3):
-            update, state = step(grads, state, params)
-        updates[dtype] = update
-    for one, other in zip(*map(jax.tree.leaves, updates.values()), strict=True):
-        # m is rounded to 8 bits once a step, three times.
-        np.testing.assert_allclose(one, other, rtol=2**-8 * 3, atol=1e-6)
-    with pytest.raises(ValueError, match="first_moment_dtype is 'float16'"):
-        OptimizerOptions(first_moment_dtype="float16")

@@ -115,6 +115,19 @@ def test_a_sample_continues_through_the_cache_and_the_next_one_does_not():
     close(cache.lightning_states, true.states, SAME * np.abs(true.states).max(), "states")
 
 
+def test_an_id_that_comes_again_is_another_sample():
+    """Whoever numbers the samples of each call from 1 has the same numbers in the cache."""
+    ids = np.array([[1, 1, 2, 2], [1, 1, 1, 1], [0, 3, 0, 0]], np.int32)
+    again = np.array([[1, 1, 1, 2], [0, 2, 1, 1], [3, 0, 3, 3]], np.int32)
+    apart = np.array([[3, 3, 3, 4], [0, 2, 3, 3], [3, 0, 3, 3]], np.int32)  # row 2 carries on
+    whole = truth.forward(PARAMS, TOKENS, CONFIG, segment_ids=np.concatenate([ids, apart], axis=1))
+    cache = mmx.init_cache(CONFIG, 3, LENGTH)
+    cache = mmx.forward(PARAMS, TOKENS[:, :4], CONFIG, segment_ids=ids, cache=cache).cache
+    seen = mmx.forward(PARAMS, TOKENS[:, 4:], CONFIG, segment_ids=again, cache=cache).logits
+    real = again != 0
+    close(seen[real], whole.logits[:, 4:][real], SAME, "logits")
+
+
 @few
 @given(st.permutations(range(3)), st.integers(0, 2**16))
 def test_rows_do_not_see_each_other(order, seed):

@@ -204,10 +204,11 @@ def test_greedy_takes_the_first_of_equals():
     logits = [[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [-np.inf, -np.inf, -5.0, -5.0]]
     for temperature in (0.0, 1e-30):
         np.testing.assert_array_equal(choose(logits, [Sampling(temperature)] * 3)[0], [1, 0, 2])
+    logits.append([-0.0, 0.0, -1.0, -2.0])  # equal, whatever their bits
     for narrow in (dict(top_k=1), dict(top_p=1e-6)):
-        options = [Sampling(temperature=1.0, **narrow)] * 3
+        options = [Sampling(temperature=1.0, **narrow)] * 4
         for step in range(5):
-            np.testing.assert_array_equal(choose(logits, options, step=step)[0], [1, 0, 2])
+            np.testing.assert_array_equal(choose(logits, options, step=step)[0], [1, 0, 2, 0])
 
 
 def test_greedy_follows_bias_and_penalty_and_no_filter():

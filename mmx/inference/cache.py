@@ -14,13 +14,15 @@ from mmx.config import ModelConfig
 class Cache:
     """The memory of B rows: constant for lightning layers, one slot a token for softmax layers.
 
-    All rows write the same slots, padding included; `slot_segments` tells padding from tokens.
+    All rows write the same slots, padding included; `slot_samples` tells padding from tokens.
 
     Attributes:
       lightning_states: fp32, lightning layers in order.
       keys, values: rotated keys and values of the softmax layers in order; S slots.
-      slot_segments: segment id of the token in each slot; 0 where it is padding or empty.
+      slot_samples: which sample of its row the token in each slot is of, counted from 1 as they
+        begin, whatever their ids; 0 where it is padding or empty.
       num_slots: slots written so far.
+      num_samples: samples of each row begun so far.
       segments: segment id of the last real token of each row; 0 when there was none.
       positions: tokens of that segment seen so far, which is the position of its next token.
     """
@@ -28,8 +30,9 @@ class Cache:
     lightning_states: Float[Array, "Ll B H K V"]
     keys: Float[Array, "Ls B S G K"]
     values: Float[Array, "Ls B S G K"]
-    slot_segments: Int[Array, "B S"]
+    slot_samples: Int[Array, "B S"]
     num_slots: Int[Array, ""]
+    num_samples: Int[Array, "B"]
     segments: Int[Array, "B"]
     positions: Int[Array, "B"]
 
@@ -52,8 +55,9 @@ def init_cache(
         lightning_states=jnp.zeros((lightning, batch_size, heads, dim, dim), jnp.float32),
         keys=jnp.zeros(kv_shape, dtype),
         values=jnp.zeros(kv_shape, dtype),
-        slot_segments=jnp.zeros((batch_size, max_slots), jnp.int32),
+        slot_samples=jnp.zeros((batch_size, max_slots), jnp.int32),
         num_slots=jnp.zeros((), jnp.int32),
+        num_samples=jnp.zeros((batch_size,), jnp.int32),
         segments=jnp.zeros((batch_size,), jnp.int32),
         positions=jnp.zeros((batch_size,), jnp.int32),
     )

@@ -86,4 +86,6 @@ class Live:
         piece = "" if reason == "stop" else self.text.push([token])
         if self.text.stopped:
             return piece, "stop"
-        return piece + self.text.finish() if reason else piece, reason
+        if reason:
+            piece += self.text.finish()
+        return piece, "stop" if self.text.stopped else reason

@@ -199,6 +199,7 @@ def _gumbel(keys: Values, step: Array, vocab: int) -> Array:
 
 def _descending(values: Array) -> Array:
     """uint32 in the order of fp32 values: larger for larger ones."""
+    values = jnp.where(values == 0, 0.0, values)  # -0 is not less than 0
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

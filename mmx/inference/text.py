@@ -141,6 +141,7 @@ class TextStream:
         self._steps = [_failures(text) for text in self.stop]
         self._matched = [0] * len(self.stop)  # characters of each that the text now ends with
         self._held = ""  # what may yet turn out to begin a stop string
+        self._ended = False
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain now and was not before; "" where none is.
@@ -148,16 +149,16 @@ class TextStream:
         Raises:
           ValueError: the tokenizer fails on the tokens.
         """
-        return "" if self.stopped else self._scan(self._decoder.push(ids))
+        return "" if self._ended else self._scan(self._decoder.push(ids))
 
     def finish(self) -> str:
         """The text that was held back; the stream is at its end."""
-        if self.stopped:
+        if self._ended:
             return ""
         piece = self._scan(self._decoder.finish())
         if not self.stopped:
             piece, self._held = piece + self._held, ""
-        self.stopped = True
+        self._ended = True
         return piece
 
     def _scan(self, piece: str) -> str:
@@ -174,7 +175,7 @@ class TextStream:
                 if matched == len(stop):
                     found = max(found, matched)
             if found:
-                self.stopped, self._held = True, ""
+                self.stopped, self._ended, self._held = True, True, ""
                 return text[: place - found]
         keep = len(text) - max(self._matched, default=0)
         self._held = text[keep:]

@@ -70,14 +70,14 @@ class Slots:
     Attributes:
       lightning_states: of the lightning layers in order.
       keys, values: of the softmax layers in order.
-      slot_segments: segment id of the token in each slot, the new ones included.
+      slot_samples: which sample of its row the token in each slot is of, the new ones included.
       first_slot: where the new tokens go.
     """
 
     lightning_states: Float[Array, "Ll B H K V"]
     keys: Float[Array, "Ls B S G K"]
     values: Float[Array, "Ls B S G K"]
-    slot_segments: Int[Array, "B S"]
+    slot_samples: Int[Array, "B S"]
     first_slot: Int[Array, ""]
 
     def read(self, kind: LayerKind, place: Int[Array, ""]) -> Any:
@@ -111,7 +111,7 @@ class _LayerSlots:
         memory = self.memory
         at = (self.layer, 0, memory.first_slot, 0, 0)
         keys, values = (
-            jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+            jax.lax.dynamic_update_slice(old, paged.as_held(new, old.dtype)[None], at)
             for old, new in ((memory.keys, k), (memory.values, v))
         )
         ours = (
@@ -122,7 +122,7 @@ class _LayerSlots:
             q,
             *ours,
             segment_ids=sequence.segment_ids,
-            kv_segment_ids=memory.slot_segments,
+            kv_segment_ids=memory.slot_samples,
             q_offset=memory.first_slot,
             implementation=implementation,
             partition=partition,

@@ -17,7 +17,8 @@ class Sequence:
     """The tokens of one forward pass, as the layers need to know them.
 
     Attributes:
-      segment_ids: id of the packed sample each token belongs to, 0 for padding.
+      segment_ids: id of the packed sample each token belongs to, 0 for padding; with a cache the
+        number of the sample in its row, since an id may come again.
       positions: place of each token within its sample, padding not counted (for RoPE).
       continues: rows whose first real token belongs to the sample the cache ends with; None
         without a cache.
@@ -86,13 +87,18 @@ def describe(
     continues = ~some | (ids[row, jnp.minimum(first, length - 1)] == cache.segments)
     offset = jnp.where(continues, cache.positions, 0)
     positions = positions + jnp.where(runs == 0, offset[:, None], 0)
+    samples = cache.num_samples + jnp.where(continues, 0, 1)
+    samples = jnp.where(real, samples[:, None] + runs, 0)
     advanced = Cache(
         lightning_states=cache.lightning_states,
         keys=cache.keys,
         values=cache.values,
-        slot_segments=jax.lax.dynamic_update_slice(cache.slot_segments, ids, (0, cache.num_slots)),
+        slot_samples=jax.lax.dynamic_update_slice(
+            cache.slot_samples, samples, (0, cache.num_slots)
+        ),
         num_slots=cache.num_slots + length,
+        num_samples=jnp.where(some, samples[row, last], cache.num_samples),
         segments=jnp.where(some, ids[row, last], cache.segments),
         positions=jnp.where(some, positions[row, last] + 1, cache.positions),
     )
-    return Sequence(split(ids), split(positions), continues, packed), advanced
+    return Sequence(split(samples), split(positions), continues, packed), advanced

@@ -342,8 +342,9 @@ def _decode(ask: Request, config: ModelConfig, partition: Partition) -> tuple[An
         lightning_states=(None, "batch", "heads", None, None),
         keys=(None, "batch", None, "kv_heads", None),
         values=(None, "batch", None, "kv_heads", None),
-        slot_segments=("batch", None),
+        slot_samples=("batch", None),
         num_slots=(),
+        num_samples=("batch",),
         segments=("batch",),
         positions=("batch",),
     )

@@ -13,6 +13,7 @@ from mmx.config import ModelConfig
 from mmx.model import Params, Remat, backbone, check_tokens, head_name, param_specs, unembed
 from mmx.nn.block import LayerStats, gradients_at_once
 from mmx.nn.moe import RouterStats
+from pallas_kernels.dispatch import concrete
 from sharding import Partition, constrain, vocabulary
 
 IGNORED_LABEL = -100
@@ -226,8 +227,18 @@ def check_batch(batch: Mapping[str, Array], config: ModelConfig) -> None:
         )
     tokens = batch["tokens"]
     check_tokens(tokens, config, mask=batch.get("mask"), segment_ids=batch.get("segment_ids"))
-    if "labels" in batch and batch["labels"].shape != tokens.shape:
+    if "labels" not in batch:
+        return
+    if batch["labels"].shape != tokens.shape:
         raise ValueError(f"labels have shape {batch['labels'].shape}; tokens have {tokens.shape}")
+    labels = concrete(batch["labels"])
+    if labels is not None:
+        wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= config.vocab_size))
+        if wrong.any():
+            raise ValueError(
+                f"labels contain {labels[wrong][0]}; they must be ids in [0, vocab_size="
+                f"{config.vocab_size}), or {IGNORED_LABEL} where none counts"
+            )
 
 
 def blockwise_token_losses(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mmx.config import ModelConfig
@@ -26,7 +27,8 @@ class OptimizerOptions:
       weight_decay: times the learning rate; on matrices only, see `decays`.
       clip_norm: gradients with a larger global norm are scaled down to it; None does not clip.
       first_moment_dtype: of m between steps; 'bfloat16' saves 2 bytes a parameter and rounds m once
-        a step. v is fp32 always: in bf16 a change of less than 1/256 of it would be lost.
+        a step, with beta1 at most 0.99: above that a step changes m by less than its rounding. v is
+        fp32 always: in bf16 a change of less than 1/256 of it would be lost.
 
     Raises:
       ValueError: a field out of range.
@@ -51,6 +53,8 @@ class OptimizerOptions:
                 f"one of {', '.join(get_args(MomentDtype))}",
             ),
         }
+        if self.first_moment_dtype == "bfloat16":
+            ranges["beta1"] = (0 <= self.beta1 <= 0.99, "in [0, 0.99] with a first moment in bf16")
         for name, (ok, wanted) in ranges.items():
             if not ok:
                 value = getattr(self, name)
@@ -83,8 +87,26 @@ def make_optimizer(config: ModelConfig, options: OptimizerOptions) -> optax.Grad
     )
     return optax.chain(
         clip,
-        optax.scale_by_adam(
-            options.beta1, options.beta2, options.eps, mu_dtype=options.first_moment_dtype
-        ),
+        _adam(options),
         optax.add_decayed_weights(options.weight_decay, decays(config)),
     )
+
+
+def _adam(options: OptimizerOptions) -> optax.GradientTransformation:
+    """Optax's Adam in fp32, its first moment kept in the dtype of the options.
+
+    optax's own `mu_dtype` decays m in that dtype, which in bf16 makes another number of beta1.
+    """
+    adam = optax.scale_by_adam(options.beta1, options.beta2, options.eps)
+
+    def kept(state: Any, dtype: Any) -> Any:
+        return state._replace(mu=jax.tree.map(lambda m: m.astype(dtype), state.mu))
+
+    def init(params: Any) -> Any:
+        return kept(adam.init(params), options.first_moment_dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = adam.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(new, options.first_moment_dtype)
+
+    return optax.GradientTransformation(init, update)
