@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels import platform
 from sharding.partition import Partition
 
 PAGES = (None, "pages", None, "kv_heads", None)  # logical axes of pages of all layers
@@ -142,9 +143,7 @@ def _attend(
     page = jnp.where(writes >= 0, of_token + layer * pages, layers * pages)
     slot = jnp.maximum(writes, 0) % size
     keys, values = (
-        old.reshape(layers * pages, *old.shape[2:])
-        .at[page, slot]
-        .set(as_held(new, old.dtype), mode="drop")
+        _written(old.reshape(layers * pages, *old.shape[2:]), as_held(new, old.dtype), page, slot)
         for old, new in ((key_pages, k), (value_pages, v))
     )
     out = pallas_kernels.paged_attention(
@@ -158,6 +157,22 @@ def _attend(
     )
     keys, values = (x.reshape(key_pages.shape) for x in (keys, values))
     return out, keys, values
+
+
+def _written(
+    pages: Float[Array, "P S G K"],
+    new: Float[Array, "B T G K"],
+    page: Int[Array, "B T"],
+    slot: Int[Array, "B T"],
+) -> Float[Array, "P S G K"]:
+    """Pages with new keys or values, in place; a page that does not exist takes none."""
+    if page.size == 1 and platform.target() == "cpu":
+        # XLA makes of one write a slice that is updated or not, and on CPUs copies all pages for
+        # the choice. Of two, of which the second goes nowhere, it makes a scatter in place.
+        page = jnp.pad(page, ((0, 0), (0, 1)), constant_values=pages.shape[0])
+        slot = jnp.pad(slot, ((0, 0), (0, 1)))
+        new = jnp.pad(new, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return pages.at[page, slot].set(new, mode="drop")
 
 
 def as_held(new: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
