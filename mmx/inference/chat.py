@@ -1,15 +1,12 @@
 """A conversation as one prompt: the chat template of a checkpoint folder, or MiniMax-01's own.
 
 A template is a program of somebody else. It runs in jinja2's sandbox in a process of its own
-(`chat_worker`), which is ended when it takes too long or too much.
+(`chat_process`), which is ended when it takes too long or too much.
 """
 
-import json
 import math
 import re
 import secrets
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from mmx.config import ModelConfig
 from mmx.convert.bounded import printable, read_text
 from mmx.convert.checkpoint import plain_file, read_json
 from mmx.data.tokenizer import BEGIN, END
+from mmx.inference.chat_process import ask
 from mmx.inference.text import encode, normalize
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -28,7 +26,6 @@ MAX_TEMPLATE = 1 << 20  # bytes
 MAX_MESSAGES = 10_000
 MAX_TEXT = 16 << 20  # characters of all messages, and of what is rendered
 _MEMORY = 1 << 30  # bytes of the process that renders
-_WORKER = Path(__file__).with_name("chat_worker.py")
 # A template may make a token's name of a role, as <|user|>: no other words get that far.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # The headers of MiniMax-Text-01 and MiniMax-VL-01, by role.
@@ -122,7 +119,7 @@ def render_chat(
         "seconds": math.ceil(seconds),
         "memory": _MEMORY,
     }
-    answer = _ask(question, seconds)
+    answer = ask(question, seconds)
     if "text" not in answer:
         reason = printable(" ".join(answer["error"].split()))
         raise ValueError(f"{template.file}: the chat template fails ({reason})")
@@ -268,24 +265,6 @@ def _pieces(text: str, split: list[str], taken: list[str]) -> list[tuple[str, bo
             pieces.append((form, True))
         pieces.append((after, False))
     return pieces if at == len(text) else None
-
-
-def _ask(question: dict[str, Any], seconds: float) -> dict[str, str]:
-    """What the worker answers; of one that had to be ended, an error."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", str(_WORKER)],
-            input=json.dumps(question).encode(),
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"takes more than {seconds:g} seconds"}
-    try:
-        return json.loads(done.stdout)
-    except ValueError:
-        return {"error": f"its process ended with code {done.returncode}"}
 
 
 def _checked(messages: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:

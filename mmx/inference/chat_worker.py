@@ -1,19 +1,22 @@
 """Renders one chat template: a program of its own, since templates are programs of others.
 
-Reads a JSON object from stdin (template, variables, most, seconds, memory), writes one to stdout:
-{"text": ...} or {"error": ...}. `mmx.inference.chat` starts it by its path, isolated, so it imports
-nothing of mmx. The sandbox of jinja2 keeps a template away from everything but its variables;
-time and memory are bounded by the operating system, which also ends what no sandbox sees, as one
-sum of a thousand long strings.
+Reads JSON objects from stdin, a line each (template, variables, most, seconds, memory), and writes
+for each {"text": ...} or {"error": ...} and the exit code of the fork that rendered it.
+`mmx.inference.chat_process` starts it by its path, isolated, so it imports nothing of mmx.
+
+The sandbox of jinja2 keeps a template away from everything but its variables; time and memory are
+bounded by the operating system, which also ends what no sandbox sees, as one sum of a thousand long
+strings.
 """
 
 import json
+import os
 import resource
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -22,6 +25,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         raise SecurityError(f"reaches for {attribute!r} of a {type(obj).__name__}")
+
+
+class Refused(TemplateError):
+    """A template says itself that it does not take these messages."""
 
 
 def render(template: str, variables: dict[str, Any], most: int) -> str:
@@ -78,7 +85,7 @@ def _in_one(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _raise(message: object) -> None:
-    raise TemplateError(str(message))
+    raise Refused(str(message))
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -86,8 +93,24 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def main() -> None:
+    """Answer questions, each in a fork, until there are no more.
+
+    The fork writes its answer and ends, or is ended; then comes a line with its exit code.
+    """
+    _write(b"ready\n")
+    while line := sys.stdin.buffer.readline():
+        process = os.fork()
+        if not process:
+            try:
+                _answer(json.loads(line))
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(process, 0)
+        _write(b"\n%d\n" % os.waitstatus_to_exitcode(status))
+
+
+def _answer(asked: dict[str, Any]) -> NoReturn:
     """Answer one question and end."""
-    asked = json.loads(sys.stdin.buffer.read())
     # Everything that is needed is loaded by now: no file may be written, and few opened.
     for limit, value in [
         (resource.RLIMIT_AS, asked["memory"]),
@@ -103,8 +126,21 @@ def main() -> None:
     except RecursionError:
         answer = {"error": "nested too deep"}
     except Exception as error:  # whatever a template can make Python raise
-        answer = {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
-    sys.stdout.buffer.write(json.dumps(answer).encode())
+        answer = {"error": f"{type(error).__name__}: {str(error)[:1000]}", "kind": _kind(error)}
+    _write(json.dumps(answer).encode())
+    os._exit(0)
+
+
+def _kind(error: Exception) -> str:
+    """Whose fault it is: of the messages it may be, or of the template whatever the messages."""
+    if isinstance(error, Refused):
+        return "refused"
+    return "undefined" if isinstance(error, UndefinedError) else "failed"
+
+
+def _write(content: bytes) -> None:
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import h11
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
@@ -54,6 +55,29 @@ def error_response(error: ApiError) -> Response:
         headers["www-authenticate"] = "Bearer"
     body = json.dumps(error.body)
     return Response(body, error.status, headers, media_type="application/json")
+
+
+async def unless_gone[Result](receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of some work, which is cancelled when the client goes.
+
+    Raises:
+      ClientDisconnect: it has gone.
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientDisconnect
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def protocol(limits: Limits) -> Callable[..., asyncio.Protocol]:

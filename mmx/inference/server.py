@@ -4,8 +4,8 @@ import asyncio
 import hmac
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from mmx.convert.bounded import printable
 from mmx.inference.engine import Engine
-from mmx.inference.http_limits import Limits, error_response, protocol
+from mmx.inference.http_limits import Limits, error_response, protocol, unless_gone
 from mmx.inference.openai_answers import Answer, sse
 from mmx.inference.openai_json import ApiError
 from mmx.inference.openai_prompts import Served
@@ -26,7 +26,7 @@ from mmx.inference.service_metrics import metrics_page
 from mmx.inference.text import Spelling
 
 _RETRY = 1  # seconds: a row is free again soon, or the queue is
-_PARSERS = 2  # requests that are parsed and encoded at once
+_PARSERS = 2  # requests that are parsed and encoded at once, of each kind
 
 
 class Api:
@@ -52,8 +52,13 @@ class Api:
         self._log = log
         self._spelling = Spelling(served.tokenizer)
         self._held = 0  # bytes of bodies
-        self.parsing = 0  # requests in the threads
-        self._threads = ThreadPoolExecutor(_PARSERS, thread_name_prefix="mmx requests")
+        self._entering = 0  # requests that are parsed or wait for that
+        self._work: set[Future[Asked]] = set()  # what the threads have begun or will
+        # A template takes its time: conversations do not stand before what needs none.
+        self._threads = {
+            kind: ThreadPoolExecutor(_PARSERS, thread_name_prefix=f"mmx {kind}")
+            for kind in ("completion", "chat")
+        }
         self._routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
@@ -155,7 +160,11 @@ class Api:
         """Read, parse, let in, and answer in one piece or as a stream."""
         outcomes = self.service.counters.outcomes
         try:
-            asked = await self._read(kind, request)
+            body = await self._read(request)
+            try:
+                asked = await self._parse(kind, body, request)
+            finally:
+                self._held -= len(body)
             answers = self.service.submit(*asked.each())
         except (Busy, Stopping, EngineError) as error:
             outcomes["busy" if isinstance(error, Busy) else "refused"] += 1
@@ -167,12 +176,12 @@ class Api:
         if asked.stream:
             return _Stream(_stream(answer, answers), answers)
         with answers:
-            whole = await _unless_gone(request.receive, _whole(answer, answers))
+            whole = await unless_gone(request.receive, _whole(answer, answers))
         return _json(whole)
 
-    async def _read(self, kind: Literal["completion", "chat"], request: Request) -> Asked:
-        """The request, parsed in a thread: a long prompt takes seconds to encode."""
-        self.service.check()
+    async def _read(self, request: Request) -> bytearray:
+        """The body of a request, whose bytes are held from now on."""
+        self.service.check(self._entering)
         given = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if given != "application/json":
             # Also what keeps pages of other sites from asking: they may not send this unasked.
@@ -182,25 +191,38 @@ class Api:
             raise self._too_large()
         body = bytearray()
         try:
-            try:
-                async with asyncio.timeout(self.limits.body_seconds):
-                    async for piece in request.stream():
-                        self._hold(body, piece)
-            except TimeoutError:
-                raise ApiError(408, "the body of the request did not come in time") from None
-            self.service.check()
-            loop = asyncio.get_running_loop()
-            self.parsing += 1
-            work = loop.run_in_executor(
-                self._threads, parse_request, kind, bytes(body), self.served
-            )
-            work.add_done_callback(self._parsed)
-            return await work
-        finally:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for piece in request.stream():
+                    self._hold(body, piece)
+        except BaseException as error:
             self._held -= len(body)
+            if isinstance(error, TimeoutError):
+                late = "the body of the request did not come in time"
+                raise ApiError(408, late) from None
+            raise
+        return body
 
-    def _parsed(self, work: asyncio.Future[Asked]) -> None:
-        self.parsing -= 1
+    async def _parse(
+        self, kind: Literal["completion", "chat"], body: bytearray, request: Request
+    ) -> Asked:
+        """The request, parsed in a thread: a long prompt takes seconds to encode.
+
+        It has a place in the queue meanwhile, and loses it when its client goes.
+        """
+        self.service.check(self._entering)
+        self._entering += 1
+        try:
+            work = self._threads[kind].submit(parse_request, kind, bytes(body), self.served)
+            self._work.add(work)
+            work.add_done_callback(self._work.discard)
+            return await unless_gone(request.receive, _result(work))
+        finally:
+            self._entering -= 1
+
+    @property
+    def parsing(self) -> bool:
+        """Whether the threads still work."""
+        return bool(self._work)
 
     def _hold(self, body: bytearray, piece: bytes) -> None:
         """What has come is counted: a length that was announced may be a lie."""
@@ -217,7 +239,13 @@ class Api:
 
     def close(self) -> None:
         """Give up the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+async def _result[Result](work: Future[Result]) -> Result:
+    """Of work in a thread, which is not begun any more once nobody waits for it."""
+    return await asyncio.wrap_future(work)
 
 
 async def _whole(answer: Answer, answers: Answers) -> dict[str, Any]:
@@ -266,30 +294,7 @@ class _Stream(Response):
             await send({"type": "http.response.body", "body": b""})
 
         with self._answers:
-            await _unless_gone(receive, write())
-
-
-async def _unless_gone[Result](receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of some work, which is cancelled when the client goes.
-
-    Raises:
-      ClientDisconnect: it has gone.
-    """
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise ClientDisconnect
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await unless_gone(receive, write())
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

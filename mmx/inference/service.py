@@ -151,18 +151,23 @@ class Service:
             self._wake.notify()
         return answers
 
-    def check(self) -> None:
-        """Raise what `submit` would now, whatever the request: before work is spent on it."""
-        with self._wake:
-            self._check(1)
+    def check(self, before: int = 0) -> None:
+        """Raise what `submit` would now, whatever the request: before work is spent on it.
 
-    def _check(self, count: int) -> None:
+        Args:
+          before: requests that are about to be submitted, and come first.
+        """
+        with self._wake:
+            self._check(1, before)
+
+    def _check(self, count: int, before: int = 0) -> None:
         if self.stopping:
             raise Stopping("the server is shutting down")
         if self.broken is not None:
             raise EngineError(f"the engine has failed ({self.broken})")
-        if len(self._open) + count > self.capacity:
-            raise Busy(f"{len(self._open)} requests are at work or waiting; try again later")
+        there = len(self._open) + before
+        if there + count > self.capacity:
+            raise Busy(f"{there} requests are at work or waiting; try again later")
 
     @property
     def gauges(self) -> Gauges:
