@@ -32,7 +32,10 @@ class PlanOptions:
     batch: int = 1
     """Rows of a micro-batch, over all devices."""
     mesh: str = ""
-    """Devices by axis: fsdp=16,expert=32; what is not named is 1, fsdp what is left."""
+    """Devices by axis: fsdp=16,expert=32; what is not named is 1, fsdp what is left.
+
+    Without any: fsdp in training, and in inference the experts first.
+    """
     slices: int = 1
     """As many of the topology, with the slow network between them."""
     rules: Literal["auto", "fsdp", "tensor", "expert", "long_context", "serving", "decode"] = "auto"
@@ -53,6 +56,8 @@ class PlanOptions:
     """Write the plan there as well."""
     quick: bool = False
     """Compile and lower nothing: bytes from shapes, an estimate of what comes and goes."""
+    parameters: bool = False
+    """Print every parameter too: its shape, how it is split, bytes on each device."""
     search: bool = False
     """Try the meshes there are and plan the best."""
 
@@ -69,9 +74,15 @@ def request_of(options: PlanOptions) -> Any:
       ValueError: unknown names, or sizes that do not fit.
     """
     from mmx.planning.programs import request
+    from mmx.planning.serving_mesh import legal
     from mmx.planning.topology import parse_mesh
 
-    return request(mesh=parse_mesh(options.mesh), chosen_rules=options.rules, **_fields(options))
+    fields = _fields(options)
+    if not options.mesh and options.mode != "train":
+        found = next(legal(fields, options.rules), None)
+        if found is not None:
+            return found
+    return request(mesh=parse_mesh(options.mesh), chosen_rules=options.rules, **fields)
 
 
 def _fields(options: PlanOptions) -> dict[str, Any]:
@@ -111,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _plan(ask: Any, options: PlanOptions) -> int:
     from mmx.planning.advice import advise
+    from mmx.planning.parameters import parameter_lines, parameter_rows, parameters_json
     from mmx.planning.report import make_plan, render, to_json
 
     compiler = None
@@ -124,6 +136,11 @@ def _plan(ask: Any, options: PlanOptions) -> int:
     plan = make_plan(ask, compiler)
     advice = [] if plan.fits else advise(plan)
     Console().print(render(plan, advice))
+    found = to_json(plan, advice)
+    if options.parameters:
+        rows = parameter_rows(ask)
+        print(*parameter_lines(rows), sep="\n")
+        found["parameters"] = parameters_json(rows)
     if options.json is not None:
-        options.json.write_text(json.dumps(to_json(plan, advice), indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return FITS if plan.fits else DOES_NOT_FIT

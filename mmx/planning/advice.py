@@ -1,12 +1,15 @@
 """What would make a program fit: other settings, planned in the same way."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
+from mmx.planning import serving_mesh
 from mmx.planning.programs import Request, build
 from mmx.planning.report import Plan, make_plan
 
 MOST = 3
+MOST_MESHES = 2
 # Where layers are not recomputed each is a copy of the experts' part of the program.
 MOST_GROUPS = 16
 
@@ -62,6 +65,7 @@ def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
         if ask.capacity_factor is None:
             yield "--capacity-factor 1.25", change(capacity_factor=1.25)
     else:
+        yield from itertools.islice(_other_meshes(ask), MOST_MESHES)
         if ask.weights == "bf16":
             yield "--weights int8", change(weights="int8")
         if ask.batch > 1:
@@ -74,3 +78,14 @@ def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
     shorter = ask.seq // 2
     if shorter:
         yield f"--seq {shorter}", change(seq=shorter)
+
+
+def _other_meshes(ask: Request) -> Iterator[tuple[str, Request]]:
+    """The same devices in another way, for inference."""
+    fields = {f.name: getattr(ask, f.name) for f in dataclasses.fields(ask)}
+    del fields["mesh"], fields["rules"]
+    for other in serving_mesh.legal(fields):
+        if other.mesh != ask.mesh:
+            mesh = ",".join(f"{axis}={size}" for axis, size in other.mesh.items() if size > 1)
+            rules = "" if other.rules == ask.rules else f" --rules {other.rules.name}"
+            yield f"--mesh {mesh}{rules}", other
