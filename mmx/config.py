@@ -4,6 +4,7 @@ Hugging Face's names for these fields live in `mmx.convert.hf_config` alone.
 """
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -313,5 +314,7 @@ def preset(name: str) -> ModelConfig:
       ValueError: unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown preset {name!r}; {hint}The presets are {', '.join(PRESETS)}")
     return PRESETS[name]()

@@ -182,8 +182,10 @@ def _run_out_of_room(folder, limit, pipe):
         save(checkpoints, 1, 1)
         save(checkpoints, 2, 2, wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        # Values that do not compress, so that the array exceeds the limit on disk too.
-        big = {"params": {"w": jax.random.normal(jax.random.key(0), (SIZE,))}}
+        # Values that do not compress, so that the array exceeds the limit on disk too; and many,
+        # of which each fails for itself.
+        more = {f"b{i}": jax.random.normal(jax.random.key(i), (5000,)) for i in range(60)}
+        big = {"params": {"w": jax.random.normal(jax.random.key(0), (SIZE,)), **more}}
         checkpoints.save(3, big, data={"value": 3}, config={})
         try:
             checkpoints.wait()
@@ -204,11 +206,14 @@ def test_no_room_for_the_arrays(processes, tmp_path, limit, capfd):
     child.join(60)
     assert child.exitcode == 0
     assert "step 3 could not be saved; steps 1, 2 are intact; make room" in message
+    assert message.endswith("(File too large)")  # as the system says it
     assert "\n" not in message
     assert names == ["00000001", "00000002"]
     assert folders.complete(tmp_path) == ([1, 2, 4], {})
     assert the_only_value(tmp_path) == (4, 4)
-    assert "Traceback" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "never retrieved" not in said
 
 
 @pytest.mark.parametrize("call", ["save", "wait", "close"])

@@ -14,7 +14,6 @@ steps since the last completed save. Restoring reads every byte against the mani
 """
 
 import json
-import logging
 import shutil
 import threading
 import time
@@ -31,7 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mmx import integrity
-from mmx.training import folders
+from mmx.training import folders, save_errors
 from mmx.training.agreement import by_first
 from mmx.training.checkpoint_arrays import (
     PARAMS,
@@ -231,7 +230,6 @@ class Checkpoints:
             if self._checkpointer is not None:
                 self._checkpointer.close()
                 self._checkpointer = None
-            logging.getLogger("absl").removeFilter(_without_orbax_errors)
 
     def __enter__(self) -> Self:
         return self
@@ -248,7 +246,7 @@ class Checkpoints:
         """Copy the arrays to the host and start to write them."""
         by_first(lambda: folders.prepare(self.folder, step))
         if self._checkpointer is None:
-            logging.getLogger("absl").addFilter(_without_orbax_errors)
+            save_errors.silence()
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         items = {item: ocp.args.StandardSave(tree) for item, tree in stored(arrays).items()}
         folder = _folder_of_save(self.folder, step)
@@ -283,8 +281,6 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> SaveFailed:
         """Remove what the save has written; the error to raise."""
         self._checkpointer = None  # one that has failed may hold futures that never end
-        told = error.strerror if isinstance(error, OSError) else str(error)
-        cause = " ".join((told or type(error).__name__).split())[:120]
         try:
             whole = folders.step_folders(self.folder).get(step)  # may lack its last rename alone
             _remove_partial(self.folder, step, keep=whole)
@@ -294,7 +290,8 @@ class Checkpoints:
             left = f"the folder cannot be read ({unreadable.strerror})"
         remedy = "make room or make the folder writable"
         return SaveFailed(
-            f"{self.folder}: step {step} could not be saved; {left}; {remedy} ({cause})"
+            f"{self.folder}: step {step} could not be saved; {left}; {remedy} "
+            f"({save_errors.cause_of(error)})"
         )
 
 
@@ -389,8 +386,3 @@ def _json(value: Mapping[str, Any], name: str) -> bytes:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(integrity.read_verified(folder, name))
-
-
-def _without_orbax_errors(record: logging.LogRecord) -> bool:
-    # Orbax logs the traceback of a failed save; the caller gets one line, as SaveFailed.
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname

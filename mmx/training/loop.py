@@ -13,7 +13,6 @@ bit.
 """
 
 import json
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from mmx.training.evaluation import HeldOut, write_samples
 from mmx.training.logbook import Logbook
 from mmx.training.placement import put_batch, state_shardings, with_shardings
 from mmx.training.plan import Plan, device_numbers, opening_rows
+from mmx.training.run_folder import last_step, loss_before, reserved, tokenizer_of
 from mmx.training.state import TrainState, abstract_state, init_state
 from mmx.training.step import make_train_step, stack_micro_batches
 from sharding import Partition
@@ -98,8 +98,8 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(explained(lambda: of_training(plan, partition)))
-        run = _open(plan, run_dir, data, heldout, manifest, params, partition, stack)
         stop = stack.enter_context(signals())
+        run = _open(plan, run_dir, data, heldout, manifest, params, partition, stack)
         run.measure_before()
         while run.step < plan.steps and run.trouble is None:
             if stop_agreed(stop["asked"]):
@@ -132,16 +132,13 @@ def _open(
             f"{manifest.folder}: its tokenizer has {manifest.vocab_size} tokens, the model "
             f"vocab_size={plan.config.vocab_size}; train a smaller tokenizer or raise vocab_size"
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{run_dir}: {error.strerror}; choose another run folder") from None
+    tokenizer = tokenizer_of(manifest)
+    stack.enter_context(reserved(run_dir))
     shardings = state_shardings(plan.config, plan.options.optimizer, partition)
     checkpoints = stack.enter_context(
         Checkpoints(run_dir / "checkpoints", keep=plan.keep, save_every=plan.save_every)
     )
-    found = as_first(-1 if (latest := checkpoints.latest()) is None else latest)
-    latest = None if found < 0 else found
+    latest = last_step(checkpoints)
     if latest is None:
         state = init_state(
             plan.config,
@@ -157,7 +154,7 @@ def _open(
         restored = checkpoints.restore(latest, with_shardings(abstract, shardings), config=identity)
         state = restored.state
         data.set_state(restored.data)
-    run = _Run(plan, run_dir, data, manifest, partition, checkpoints, state)
+    run = _Run(plan, run_dir, data, manifest, tokenizer, partition, checkpoints, state)
     run.open_logs(stack, resumed=latest is not None)
     if heldout is not None:
         run.heldout = HeldOut(
@@ -180,6 +177,7 @@ class _Run:
         folder: Path,
         data: Batches,
         manifest: Manifest,
+        tokenizer: tuple[Tokenizer, bytes],
         partition: Partition | None,
         checkpoints: Checkpoints,
         state: TrainState,
@@ -192,7 +190,7 @@ class _Run:
         self.heldout_before: float | None = None
         self.last_heldout: float | None = None
         self.trouble: str | None = None  # why training cannot go on
-        self.tokenizer = Tokenizer.from_file(str(manifest.tokenizer_file))
+        self.tokenizer, self._tokenizer_file = tokenizer
         self._pending: tuple[int, Any, int] | None = None  # step, metrics, tokens
         self._clock = time.perf_counter()  # when the last record was written
         self._waited = 0.0  # seconds since then in which there was no batch
@@ -201,13 +199,13 @@ class _Run:
         """run.json, the tokenizer, metrics and the display."""
         plan, path = self.plan, self.folder / "run.json"
         about = {**plan.describe(), "source_names": list(self.data.source_names)}
-        if resumed and path.is_file():
-            self.heldout_before = json.loads(path.read_text()).get("heldout_loss_before")
+        if resumed:
+            self.heldout_before = loss_before(path)
         about["heldout_loss_before"] = self.heldout_before
         self.about = about
         if jax.process_index() == 0:
             try:
-                shutil.copyfile(self.manifest.tokenizer_file, self.folder / "tokenizer.json")
+                write_atomic(self.folder / "tokenizer.json", self._tokenizer_file)
                 self._write_about()
             except OSError as error:
                 raise ValueError(f"{self.folder}: {error.strerror}; nothing was trained") from None
@@ -303,7 +301,7 @@ class _Run:
             self.display.note(
                 f"step {step} skipped: loss {record['loss']}, gradient norm {record['grad_norm']}"
             )
-        if (record["skipped_in_a_row"] or 0) >= self.plan.max_skipped:
+        if self.trouble is None and (record["skipped_in_a_row"] or 0) >= self.plan.max_skipped:
             self.trouble = (
                 f"{self.plan.max_skipped} steps in a row were skipped, up to step {step}; the "
                 "parameters are those before them. Lower the learning rate or look at the data"
@@ -335,6 +333,7 @@ class _Run:
 
     def _next_batch(self, accumulation: int) -> dict[str, Any] | None:
         """Micro-batches [A, b, T] of which the first `accumulation` hold text; None at the end."""
+        before, parts = self.data.get_state(), []
         try:
             parts = [next(self.data) for _ in range(accumulation)]
         except StopIteration:
@@ -342,6 +341,13 @@ class _Run:
                 f"the data ended at step {self.step}: every source has been read max_epochs times; "
                 "add text, or raise max_epochs"
             )
+        except ValueError as error:
+            # A damaged record. What was trained is saved; but alone: others do not know of it.
+            if jax.process_count() > 1:
+                raise
+            self.trouble = str(error)
+        if self.trouble is not None:
+            self.data.set_state(before)  # part of a step is no step
             return None
         batch = stack_micro_batches(parts, self.plan.batches.max_accumulation)
         return put_batch(batch, self.partition)

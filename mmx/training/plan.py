@@ -31,9 +31,12 @@ class Plan:
       seed, initialisation: of the parameters, unless `params` are given to `train`.
       save_every, keep: checkpoints; see `Checkpoints`. One is always saved at the end.
       heldout_every, heldout_batches: measure the held-out loss so often, on so much.
-      sample_every, sample_tokens, prompts: let the model write so often; 0 never.
+      sample_every, sample_tokens, prompts: let the model write so often; 0 never, here and there.
       max_skipped: stop after so many skipped steps in a row.
       tensorboard, wandb: where metrics go beside metrics.jsonl; wandb is the project's name.
+
+    Raises:
+      ValueError: a number out of range.
     """
 
     config: ModelConfig
@@ -53,6 +56,13 @@ class Plan:
     max_skipped: int = 20
     tensorboard: bool = True
     wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        least = dict(steps=1, heldout_every=0, heldout_batches=1, sample_every=0, sample_tokens=1)
+        for name, smallest in (least | dict(max_skipped=1)).items():
+            value = getattr(self, name)
+            if value < smallest:
+                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ one by one would need a second program and the accumulated gradients as state be
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -72,6 +73,7 @@ class StepOptions:
         ranges = {
             "compute_dtype": (self.compute_dtype in get_args(ComputeDtype), f"one of {dtypes}"),
             "capacity_factor": (factor is None or factor > 0, "above 0, or None"),
+            "z_loss_coef": (0 <= self.z_loss_coef < math.inf, "at least 0"),
             "loss_blocks": (blocks is None or blocks >= 1, "at least 1, or None"),
             "num_sources": (self.num_sources >= 1, "at least 1"),
             "spike_sigma": (self.spike_sigma > 0, "above 0"),
