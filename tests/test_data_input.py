@@ -45,6 +45,21 @@ BAD = {
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "is not text"),
     "binary.jsonl": (b'{"text": "a\\u0000"}\n', "is binary"),
     "source.jsonl": (b'{"text": "a", "source": "//"}\n', "source '//'"),
+    "nested.jsonl": (
+        b'{"text": "a", "y": %s%s}\n' % (b"[" * 200_000, b"]" * 200_000),
+        "nested.jsonl: line at byte 0 is JSON that is nested too deep; .*--on-bad skip",
+    ),
+    "bytes.jsonl": (b'{"bytes": "a"}\n', "line at byte 0 has no 'text'"),
+    "sources.jsonl": (b'{"text": "a", "source": ["b"]}\n', "has a list as 'source'"),
+    "ids.jsonl": (b'{"text": "a", "id": {"b": 1}}\n', "has a dict as 'id'"),
+    "id.jsonl": (
+        b'{"text": "a"}\n{"text": "b", "id": "\\ud800"}\n',
+        "id.jsonl: line at byte 14 has an 'id' that is not text .*--on-bad skip",
+    ),
+    "long.jsonl": (
+        json.dumps({"text": "a", "id": "é" * 32_768}).encode(),
+        "long.jsonl: line at byte 0 has an 'id' of 65,536 bytes in UTF-8; there is room for 65,535",
+    ),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:40], "damaged gzip"),
     "bad.parquet": (b"PAR1 no", "bad.parquet: not a parquet file"),
 }
@@ -63,6 +78,16 @@ def test_bad_text_is_one_line(name, tmp_path, capsys):
     assert re.search(message, error), error
     with pytest.raises(ValueError, match="no finished corpus"):
         Manifest.load(out)
+
+
+def test_files_whose_names_are_not_text(tmp_path):
+    """Documents are named after them, in UTF-8."""
+    (tmp_path / "good.txt").write_text("a text")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a text")
+    with pytest.raises(ValueError, match=r"txt: the file has a name that is not text .*--on-bad"):
+        build_corpus(recipe(tmp_path), tmp_path / "out")
+    manifest = build_corpus(recipe(tmp_path, on_bad="skip", heldout=0), tmp_path / "out")
+    assert manifest.skipped == {"bad": 1}
 
 
 def test_parquet_without_the_column(tmp_path):
@@ -85,10 +110,12 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 def test_bad_documents_can_be_skipped(tmp_path):
     rows = [b'{"text": "good"}', b"[]", b"{", b'{"text": "\\u0000"}', b'{"text": ""}', b"\xff"]
+    rows += [b'{"text": "a", "id": "\\ud800"}', b'{"text": "a", "id": "%s"}' % (b"x" * 65_536)]
+    rows += [b'{"text": "a", "y": %s%s}' % (b"[" * 200_000, b"]" * 200_000)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     options = recipe(tmp_path / "a.jsonl", on_bad="skip", heldout=0)
     manifest = build_corpus(options, tmp_path / "out")
-    assert manifest.skipped == {"bad": 4, "empty": 1}
+    assert manifest.skipped == {"bad": 7, "empty": 1}
     assert manifest.splits["train"][0].documents == 1
 
 
@@ -161,6 +188,7 @@ def test_full_disk_is_one_line_and_leaves_no_corpus(good, tmp_path, limit):
     assert "choose another --out" in done.stderr
     assert str(out) in done.stderr
     assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.tmp"))  # room that others wait for
     assert main([*arguments, "--input", str(good)]) == 0
     Manifest.load(out).verify()
 

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 from data_corpora import make_corpus, numbered
 
+from mmx.cli import main
 from mmx.data.batches import Batches
 from mmx.data.shards import Manifest, Record, ShardReader, decode_record, encode_record
 
@@ -127,7 +129,8 @@ def test_shards_that_changed_places_are_noticed(tmp_path, other):
         (lambda text: "[]", "format"),
         (lambda text: json.dumps({**json.loads(text), "format": 99}), "format"),
         (lambda text: json.dumps({**json.loads(text), "splits": {}}), "corrupt"),
-        (lambda text: json.dumps({**json.loads(text), "extra": 1}), "corrupt"),
+        (lambda text: json.dumps({**json.loads(text), "extra": 1}), "'extra'"),
+        (lambda text: '{"recipe": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deep"),
     ],
 )
 def test_bad_manifests(corpus, change, message):
@@ -136,6 +139,39 @@ def test_bad_manifests(corpus, change, message):
     with pytest.raises(ValueError, match=f"{path}: .*{message}") as caught:
         Manifest.load(corpus.folder)
     assert "\n" not in str(caught.value)
+
+
+WRONG = {
+    "tokenizer_sha256": 3, "vocab_size": "64", "end_id": -1, "recipe": [], "skipped": {"bad": "1"},
+    "splits": [], "train": {}, "file": 7, "source": None, "documents": "5", "tokens": 2.5,
+    "bytes": True, "sha256": ["a"], "lengths_sha256": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_members_of_the_wrong_type_are_named(corpus, field, capsys):
+    path = corpus.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    where = {"train": data["splits"]}.get(field, data)
+    where = where if field in where else where["splits"]["train"][1]
+    where[field] = WRONG[field]
+    path.write_text(json.dumps(data))
+    assert main(["data", "verify", str(corpus.folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    name = {"skipped": "bad"}.get(field, field)
+    of = "shard 1 of 'train'" if "file" in where else ""
+    assert re.search(f"{path}: .*{name}.*{of}.* is wanted.*mmx data build", error), error
+
+
+@pytest.mark.parametrize("file", ["/etc/a.arrayrecord", "train/../../a.arrayrecord"])
+def test_shards_lie_below_their_folder(corpus, file):
+    path = corpus.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["splits"]["train"][0]["file"] = file
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="'file' of shard 0 of 'train' leads out of the folder"):
+        Manifest.load(corpus.folder)
 
 
 def test_an_unfinished_folder_says_how_to_finish_it(corpus):

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from mmx.convert.bounded import parse
 from mmx.data import tokenizer as bpe
 from mmx.data.documents import Reading, Unit, held_out
 from mmx.data.parts import Recipe, cut_parts, part_documents
@@ -73,9 +74,16 @@ def build_default(folder: Path, *, vocab_size: int, workers: int, wait: bool = F
     """The embedded corpus with its own tokenizer, or what is done of it already.
 
     Raises:
-      ValueError: see `build_corpus`.
+      ValueError: see `build_corpus`; or the folder cannot be written to.
     """
-    return build_corpus(Recipe(vocab_size=vocab_size), folder, workers=workers, wait=wait)
+    try:
+        return build_corpus(Recipe(vocab_size=vocab_size), folder, workers=workers, wait=wait)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or folder}: {error.strerror}; build the corpus elsewhere with "
+            f"`mmx data build --out FOLDER --vocab-size {vocab_size}` and give it with "
+            "--corpus FOLDER"
+        ) from None
 
 
 def build_corpus(
@@ -109,8 +117,7 @@ def build_corpus(
     out = Path(out_dir)
     parts = cut_parts(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out, wait=wait):
-        _remove_drafts(out)
+    with _locked(out, wait=wait), _without_drafts(out):
         tokenizer = _prepare_tokenizer(recipe, parts, out)
         digest = file_sha256(out / TOKENIZER)
         end = bpe.end_id(tokenizer, recipe.end_token)
@@ -147,7 +154,14 @@ def _build_part(job: _Job) -> None:
                 )
             file = f"{split}/{document.source}-{job.number:05d}.arrayrecord"
             writers[key] = ShardWriter(job.folder, file, document.source)
-        ids = bpe.encode(tokenizer, document.text)
+        try:
+            ids = bpe.encode(tokenizer, document.text)
+        except ValueError as error:
+            raise ValueError(
+                f"{job.folder / TOKENIZER}: document {document.name[:200]!r} of "
+                f"{document.source!r}: {error}; give a --tokenizer that has a token for what it "
+                "does not know"
+            ) from None
         writers[key].add(np.append(ids, np.uint32(job.end_id)), document.name)
     shards = {split: [] for split in SPLITS}
     for split, source in sorted(writers):
@@ -212,11 +226,11 @@ def _end_with_parent() -> None:
 def _finished(job: _Job) -> dict | None:
     """The marker of a part, if the part is done, of the same input, and whole."""
     try:
-        done = json.loads(job.marker.read_bytes())
+        done = parse(job.marker.read_text("utf-8"))
         if done["fingerprint"] != job.fingerprint():
             return None
         for split in SPLITS:
-            for shard in (Shard(**entry) for entry in done["shards"][split]):
+            for shard in (Shard.from_json(entry, "a shard") for entry in done["shards"][split]):
                 check_sha256(job.folder / shard.file, shard.sha256)
                 check_sha256(job.folder / shard.lengths_file, shard.lengths_sha256)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -229,10 +243,14 @@ def _remove_others(out: Path, jobs: list[_Job]) -> None:
     current = {job.marker: job.fingerprint() for job in jobs}
     for marker in sorted((out / "done").glob("[0-9]*.json")):
         try:
-            done = json.loads(marker.read_bytes())
+            done = parse(marker.read_text("utf-8"))
             if done["fingerprint"] == current.get(marker):
                 continue
-            shards = [Shard(**entry) for split in SPLITS for entry in done["shards"][split]]
+            shards = [
+                Shard.from_json(entry, "a shard")
+                for split in SPLITS
+                for entry in done["shards"][split]
+            ]
         except (ValueError, KeyError, TypeError):
             shards = []  # the part will be made again
         (out / MANIFEST).unlink(missing_ok=True)
@@ -242,10 +260,24 @@ def _remove_others(out: Path, jobs: list[_Job]) -> None:
         marker.unlink()
 
 
-def _remove_drafts(out: Path) -> None:
-    for folder in (out, out / "done", *(out / split for split in SPLITS)):
-        for draft in folder.glob(".*.tmp"):
-            draft.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _without_drafts(out: Path) -> Iterator[None]:
+    """Remove what a build that was killed has left, and afterwards what this one leaves.
+
+    On a full disk that is the room that others wait for.
+    """
+
+    def remove() -> None:
+        for folder in (out, out / "done", *(out / split for split in SPLITS)):
+            for draft in folder.glob(".*.tmp"):
+                draft.unlink(missing_ok=True)
+
+    remove()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # rather the error that ended the build
+            remove()
 
 
 @contextlib.contextmanager
@@ -272,7 +304,7 @@ def _manifest(recipe: Recipe, jobs: list[_Job], vocab_size: int) -> Manifest:
             raise ValueError(f"{job.marker}: changed during the build; build again")
         skipped.update(done["skipped"])
         for split in SPLITS:
-            splits[split] += [Shard(**entry) for entry in done["shards"][split]]
+            splits[split] += [Shard.from_json(entry, "a shard") for entry in done["shards"][split]]
     if not any(splits.values()):
         raise ValueError(
             f"no document with text in {', '.join(recipe.inputs) or 'the embedded corpus'} "
@@ -301,7 +333,7 @@ def _prepare_tokenizer(recipe: Recipe, parts: list[tuple[Unit, ...]], out: Path)
     """Put tokenizer.json into the folder, unless the same is there."""
     if recipe.tokenizer is not None:
         tokenizer = bpe.load_tokenizer(recipe.tokenizer)
-        data = recipe.tokenizer.read_bytes()
+        data = bpe.without_limits(recipe.tokenizer.read_bytes())
         if not _holds(out / TOKENIZER, data):
             (out / MANIFEST).unlink(missing_ok=True)
             write_atomic(out / TOKENIZER, data)
@@ -311,7 +343,7 @@ def _prepare_tokenizer(recipe: Recipe, parts: list[tuple[Unit, ...]], out: Path)
     what = [FORMAT, units, *recipe.reading, recipe.heldout, recipe.vocab_size, recipe.sample_bytes]
     made_from = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     try:
-        done = json.loads(marker.read_bytes())
+        done = parse(marker.read_text("utf-8"))
         if done["fingerprint"] == made_from:
             check_sha256(out / TOKENIZER, done["sha256"])
             return bpe.load_tokenizer(out / TOKENIZER)

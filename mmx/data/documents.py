@@ -16,11 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from mmx.data.shards import MAX_NAME
+
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp")
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz")
 KINDS = ("jsonl", "parquet", "text")
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+# What a row holds beside its text may be anything that is one value.
+_CONTAINERS = (dict, list, tuple)
 
 
 class Document(NamedTuple):
@@ -193,16 +199,19 @@ def _cuts(sizes: list[int], most: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Row(NamedTuple):
-    """What a unit holds at a place ("" 0 if it is all there is); a str says what is wrong."""
+    """What a unit holds at a place ("" 0 if it is all there is, as bytes).
+
+    A str says what is wrong.
+    """
 
     kind: str
     place: int
-    row: dict[str, Any] | str
+    row: dict[str, Any] | bytes | str
 
 
 def _text_rows(unit: Unit, reading: Reading) -> Iterator[_Row]:
     del reading
-    yield _Row("", 0, {"bytes": Path(unit.path).read_bytes()})
+    yield _Row("", 0, Path(unit.path).read_bytes())
 
 
 def _jsonl_rows(unit: Unit, reading: Reading) -> Iterator[_Row]:
@@ -230,6 +239,8 @@ def _parsed(line: bytes) -> dict[str, Any] | str:
         row = json.loads(line)
     except ValueError as error:
         return f"is not JSON ({error})"
+    except RecursionError:
+        return "is JSON that is nested too deep"
     return row if isinstance(row, dict) else f"is {type(row).__name__}, not an object"
 
 
@@ -274,11 +285,13 @@ def _pyarrow(path: str):
     return pyarrow.parquet
 
 
-def _document(row: dict[str, Any] | str, name: str, unit: Unit, reading: Reading) -> Document:
+def _document(
+    row: dict[str, Any] | bytes | str, name: str, unit: Unit, reading: Reading
+) -> Document:
     if isinstance(row, str):
         raise ValueError(row)
-    if "bytes" in row:
-        text = _decoded(row["bytes"])
+    if isinstance(row, bytes):
+        text, row = _decoded(row), {}
     else:
         text = row.get(reading.text_field)
         if not isinstance(text, str):
@@ -291,10 +304,23 @@ def _document(row: dict[str, Any] | str, name: str, unit: Unit, reading: Reading
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"is not text ({error.reason})") from None
-    source = row.get("source")
-    source = unit.source if source is None else source_name(str(source))
-    given = row.get("id")
-    return Document(text, source, name if given is None else str(given), text.encode())
+    source, given = _label(row, "source"), _label(row, "id")
+    source = unit.source if source is None else source_name(source)
+    what, name = ("a name", name) if given is None else ("an 'id'", given)
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has {what} that is not text ({error.reason})") from None
+    if size > MAX_NAME:
+        raise ValueError(f"has {what} of {size:,} bytes in UTF-8; there is room for {MAX_NAME:,}")
+    return Document(text, source, name, text.encode())
+
+
+def _label(row: dict[str, Any], field: str) -> str | None:
+    value = row.get(field)
+    if isinstance(value, _CONTAINERS):
+        raise ValueError(f"has a {type(value).__name__} as {field!r}; a string is wanted")
+    return None if value is None else str(value)
 
 
 def _decoded(data: bytes) -> str:

@@ -23,17 +23,22 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import UInt32
+
+from mmx.convert.bounded import parse
+from mmx.data.members import check_members
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+MAX_NAME = 0xFFFF  # bytes of a source's or a document's name
 
 _MAGIC = b"MMXD"
 _HEADER = struct.Struct("<4sHHII")
@@ -59,8 +64,10 @@ def encode_record(record: Record) -> bytes:
       ValueError: the source's or the document's name is longer than 65,535 bytes.
     """
     source, document = record.source.encode(), record.document.encode()
-    if max(len(source), len(document)) > 0xFFFF:
-        raise ValueError(f"the name {document[:40]!r}... is longer than 65,535 bytes; shorten it")
+    if max(len(source), len(document)) > MAX_NAME:
+        raise ValueError(
+            f"the name {document[:40]!r}... is longer than {MAX_NAME:,} bytes; shorten it"
+        )
     ids = np.ascontiguousarray(record.ids, _IDS)
     body = source + document + ids.tobytes()
     return _HEADER.pack(_MAGIC, len(source), len(document), len(ids), zlib.crc32(body)) + body
@@ -99,6 +106,19 @@ class Shard:
     def lengths_file(self) -> str:
         """The file that holds the number of tokens of each record."""
         return self.file.removesuffix(".arrayrecord") + ".lengths"
+
+    @classmethod
+    def from_json(cls, data: Any, what: str) -> "Shard":
+        """From the JSON of a manifest or a marker; `what` names it in messages.
+
+        Raises:
+          ValueError: a field is missing, unknown or of another type, or the file is not below the
+            folder.
+        """
+        shard = cls(**check_members(data, get_type_hints(cls), what))
+        if shard.file.startswith("/") or ".." in shard.file.split("/"):
+            raise ValueError(f"'file' of {what} leads out of the folder")
+        return shard
 
 
 class ShardWriter:
@@ -213,6 +233,10 @@ def read_lengths(folder: Path, shard: Shard) -> UInt32[np.ndarray, "documents"]:
     return np.frombuffer(data, _IDS)
 
 
+_MEMBERS = {"tokenizer_sha256": str, "vocab_size": int, "end_id": int, "recipe": dict,
+            "skipped": dict, "splits": dict}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a corpus folder holds.
@@ -245,7 +269,7 @@ class Manifest:
         folder = Path(folder)
         path = folder / MANIFEST
         try:
-            data = json.loads(path.read_text("utf-8"))
+            data = parse(path.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"{folder}: no {MANIFEST}, so no finished corpus; "
@@ -256,10 +280,19 @@ class Manifest:
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a corpus of format {FORMAT}; build it again")
         try:
-            splits = {s: tuple(Shard(**shard) for shard in data["splits"][s]) for s in SPLITS}
-            return cls(**{**data, "folder": folder, "splits": splits})
-        except (KeyError, TypeError, AttributeError) as error:
+            check_members(data, _MEMBERS, "the manifest")
+            check_members(data["skipped"], dict.fromkeys(data["skipped"], int), "'skipped'")
+            listed = check_members(data["splits"], dict.fromkeys(SPLITS, list), "'splits'")
+            splits = {
+                split: tuple(
+                    Shard.from_json(shard, f"shard {number} of {split!r}")
+                    for number, shard in enumerate(shards)
+                )
+                for split, shards in listed.items()
+            }
+        except ValueError as error:
             raise _corrupt(path, error) from None
+        return cls(**{**data, "folder": folder, "splits": splits})
 
     def to_bytes(self) -> bytes:
         """The contents of `manifest.json`: a function of the corpus alone."""

@@ -1,11 +1,14 @@
 """Byte-level BPE: train one, or take any tokenizer.json; text to ids."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt32
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mmx.convert.bounded import printable
 
 # MiniMax's names of the tokens around a message; the second one also ends a document.
 BEGIN, END = "<beginning_of_sentence>", "<end_of_sentence>"
@@ -53,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(file: str | Path) -> Tokenizer:
-    """Read a tokenizer.json.
+    """Read a tokenizer.json, without what it says about cutting and padding texts.
 
     Raises:
       ValueError: it is missing or not a tokenizer.
@@ -61,10 +64,22 @@ def load_tokenizer(file: str | Path) -> Tokenizer:
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file}: no such file; a tokenizer.json is wanted")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+    tokenizer = _guarded(lambda: Tokenizer.from_file(str(file)), f"{file}: not a tokenizer")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def without_limits(data: bytes) -> bytes:
+    """A tokenizer.json that neither cuts nor pads: the same bytes, unless it says that it does.
+
+    Whoever reads the copy in a corpus, with whatever library, then gets the ids of the shards.
+    """
+    content = json.loads(data)
+    limits = [name for name in ("truncation", "padding") if content.get(name) is not None]
+    if not limits:
+        return data
+    return json.dumps(content | dict.fromkeys(limits), ensure_ascii=False, indent=2).encode()
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -98,10 +113,26 @@ def encode(tokenizer: Tokenizer, text: str) -> UInt32[np.ndarray, "T"]:
     """Ids of a text. Names of special tokens in it are plain text and give no special id.
 
     Texts above 2^20 characters are encoded in parts that end with a line, where there is one.
+
+    Raises:
+      ValueError: the tokenizer fails, as one does that has no token for what it does not know.
     """
     tokenizer.encode_special_tokens = True
-    parts = [tokenizer.encode(part, add_special_tokens=False).ids for part in _parts(text)]
+
+    def call() -> list[list[int]]:
+        return [tokenizer.encode(part, add_special_tokens=False).ids for part in _parts(text)]
+
+    parts = _guarded(call, "the tokenizer cannot encode the text")
     return np.array([i for part in parts for i in part] if len(parts) > 1 else parts[0], np.uint32)
+
+
+def _guarded[Result](call: Callable[[], Result], what: str) -> Result:
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception; a panic is not even that
+        raise ValueError(f"{what} ({printable(str(error)) or type(error).__name__})") from None
 
 
 def _parts(text: str) -> list[str]:
