@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from mmx.cli.data import gather_repeated
 from sharding.processes import Processes
 
 
@@ -36,6 +37,6 @@ def parse[Recipe](
         both,
         prog=f"mmx {command} {name}",
         description=type(default).__doc__,
-        args=rest,
+        args=gather_repeated(type(default), rest),
         default=(default, Processes()),
     )

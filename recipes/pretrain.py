@@ -19,6 +19,7 @@ from typing import Literal
 from mmx.config import preset
 from mmx.data.batches import Batches
 from mmx.data.corpus import build_default
+from mmx.data.embedded import SOURCES
 from mmx.data.mixing import Weights
 from mmx.data.shards import Manifest
 from mmx.placement import RuleName, make_partition
@@ -49,7 +50,7 @@ class Pretrain:
     corpus: Path | None
     """Token shards of `mmx data build`; none: the standard library of this Python."""
     weights: tuple[tuple[str, float], ...]
-    """Shares of the sources, each as NAME SHARE; none: as large as they are."""
+    """Shares of the sources, NAME SHARE for each; none: as large as they are."""
     max_epochs: int | None
     """How often a source may be read."""
     seq_len: int
@@ -187,6 +188,40 @@ def plan_of(recipe: Pretrain, num_sources: int) -> Plan:
     )
 
 
+def check_options(recipe: Pretrain) -> Weights | None:
+    """Refuse what can be refused before a corpus is built; the weights of the sources, if given.
+
+    Raises:
+      ValueError: an option out of range, a source twice, or one that the own corpus has not.
+    """
+    longest = preset(recipe.model).max_seq_len
+    if recipe.seq_len > longest:
+        raise ValueError(
+            f"--seq-len {recipe.seq_len} is more than max_seq_len={longest} of the model"
+        )
+    plan_of(recipe, num_sources=1)
+    # Of the others, a plan refuses what is out of range.
+    for name, bound in {"max_epochs": 1, "shuffle_rows": 1, "save_every": 1, "seed": 0}.items():
+        value = getattr(recipe, name)
+        if value is not None and value < bound:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; it must be at least {bound}")
+    shares = dict(recipe.weights)
+    for name in shares:
+        given = [share for source, share in recipe.weights if source == name]
+        if len(given) > 1:
+            raise ValueError(
+                f"--weights names {name!r} {len(given)} times, with the shares "
+                f"{', '.join(map(str, given))}; give each source one share"
+            )
+    if not shares:
+        return None
+    weights = Weights.constant(shares)
+    if recipe.corpus is None:
+        weights.check_sources(SOURCES)
+    return weights
+
+
 def learning_rate(recipe: Pretrain, batches: BatchSchedule) -> LearningRate:
     """Warm-up, constant, exponential tail; or the one of the paper."""
     if recipe.schedule_steps is None:
@@ -221,17 +256,13 @@ def run(recipe: Pretrain, peers: Peers | None = None) -> Result:
     import jax
 
     config = preset(recipe.model)
+    weights = check_options(recipe)
     partition = make_partition(
         recipe.mesh, recipe.rules, config, rows=recipe.batch_size, seq_len=recipe.seq_len
     )
-    if recipe.seq_len > config.max_seq_len:
-        raise ValueError(
-            f"--seq-len {recipe.seq_len} is more than max_seq_len={config.max_seq_len} of the model"
-        )
     index, count = rows_of_process(partition, jax.process_index())
     with nullcontext() if peers is None else peers.first_alone():
         manifest = corpus_of(recipe, follows=peers is not None and not peers.is_first)
-    weights = Weights.constant(dict(recipe.weights)) if recipe.weights else None
     batches = functools.partial(
         Batches,
         manifest.folder,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -18,8 +18,8 @@ class Build:
     out: Path
     """The corpus folder."""
     input: tuple[str, ...] = ()
-    """Files or folders of jsonl, parquet or text, each PATH or NAME=PATH; none: the standard
-    library of this Python and generated text."""
+    """Files or folders of jsonl, parquet or text, each PATH or NAME=PATH, together or each after an
+    --input of its own; none: the standard library of this Python and generated text."""
     tokenizer: Path | None = None
     """A tokenizer.json; without one, one is trained."""
     vocab_size: int = 8192
@@ -61,9 +61,44 @@ def main(arguments: Sequence[str]) -> int:
         manifest = Manifest.load(options.folder)
         manifest.verify()
     else:
-        manifest = _build(tyro.cli(Build, prog="mmx data build", args=rest))
+        arguments = gather_repeated(Build, rest)
+        manifest = _build(tyro.cli(Build, prog="mmx data build", args=arguments))
     _show(manifest)
     return 0
+
+
+def gather_repeated(options: type, arguments: Sequence[str]) -> list[str]:
+    """The command line with all values of a list option behind the place where it is given first.
+
+    tyro takes `--input A B`, and of `--input A --input B` the last alone, without a word; it can
+    take the second form instead of the first, but not both.
+
+    Args:
+      options: a dataclass; its fields of type `tuple[..., ...]` are the list options.
+      arguments: the command line.
+    """
+    lists = {
+        f"--{name.replace('_', '-')}"
+        for name, kind in get_type_hints(options).items()
+        if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+    }
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    groups = [current]  # an option and its values each
+    for token in arguments:
+        flag, assigned, value = token.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in found:
+            current = found[flag]
+            current += [value] if assigned else []
+        elif token.startswith("-") and token.lstrip("-")[:1].isalpha():
+            current = [token]
+            groups.append(current)
+            if flag in lists:
+                found[flag] = current
+        else:
+            current.append(token)
+    return [token for group in groups for token in group]
 
 
 def _build(options: Build):
@@ -93,8 +128,10 @@ def _build(options: Build):
 
             return build_corpus(recipe, options.out, workers=options.workers, progress=report)
     except OSError as error:
-        where = error.filename or options.out
-        raise ValueError(f"{where}: {error.strerror}; choose another --out") from None
+        where = Path(error.filename or options.out)
+        ours = where.is_relative_to(options.out) or options.out.is_relative_to(where)
+        remedy = "choose another --out" if ours else "make it readable, or leave it out"
+        raise ValueError(f"{where}: {error.strerror}; {remedy}") from None
 
 
 def _show(manifest) -> None:

@@ -20,6 +20,7 @@ _STATE = 1
 _AHEAD = 2  # batches made beforehand
 _OPEN_SHARDS = 128
 _KEPT_BYTES = 256 << 20  # of documents that have more pieces to come
+_CHANGE: Mapping[str, str] = {"train": "smaller", "heldout": "larger"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Batches(grain.DatasetIterator[dict[str, np.ndarray]]):
         manifest = Manifest.load(folder)
         totals = manifest.tokens(split)
         if not any(totals.values()):
-            raise ValueError(f"{folder}: the split {split!r} is empty; build it from more text")
+            raise ValueError(f"{folder}: the split {split!r} is empty; {_remedy(manifest, split)}")
         self.source_names = manifest.sources
         self._warn = weights is not None
         weights = Weights.constant(totals) if weights is None else weights
@@ -309,6 +310,14 @@ class _Documents:
             self._open.popitem(last=False)[1].close()
         first = int(self._ends[source][number]) - shard.documents
         return reader.read(document - first, length=length).ids
+
+
+def _remedy(manifest: Manifest, split: str) -> str:
+    """What gives a split documents: chance alone has left it without, or --heldout has."""
+    again = f"build it again with `mmx data build --out {manifest.folder}`"
+    if split == "heldout" and manifest.recipe.get("heldout") == 0:
+        return f"{again}, the same input, and --heldout above 0, as 0.05"
+    return f"{again} from more text, or with a {_CHANGE[split]} --heldout"
 
 
 def _epochs(
