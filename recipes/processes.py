@@ -17,6 +17,7 @@ from mmx.cli import report_error
 from sharding.peers import Peers, meet
 from sharding.processes import Processes, detect, start
 
+INTERRUPTED = 130  # the exit code that shells give for Ctrl-C
 PATIENCE = 10.0  # seconds in which the cause of a broken collective becomes known
 
 
@@ -51,6 +52,10 @@ def together(asked: Processes, recipe: Any) -> Iterator[Peers | None]:
     try:
         start(cluster, timeout=asked.peer_timeout)
         yield peers
+    except KeyboardInterrupt:
+        words = "interrupted"
+        peers.failed(words, INTERRUPTED)
+        _end(ending, words, INTERRUPTED)
     except BaseException as error:
         code = 2 if isinstance(error, ValueError | NotImplementedError | OSError) else 1
         # A broken collective is the effect of what the watch is about to report.

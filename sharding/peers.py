@@ -17,6 +17,7 @@ import selectors
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,7 +219,10 @@ def _introduce(
         return False
     for message in messages:
         process, count, about = (message.get(name) for name in ("process", "of", "about"))
-        if not isinstance(process, int) or not isinstance(about, dict):
+        if isinstance(process, bool) or not isinstance(process, int):
+            connection.socket.close()
+            return False
+        if not isinstance(count, int) or not isinstance(about, dict):
             connection.socket.close()
             return False
         connection.process, connection.about = process, about
@@ -239,13 +243,23 @@ def _present(
     cluster: Cluster, about: Mapping[str, str], timeout: float, deadline: float
 ) -> _Connection:
     """Another process than 0: connect, say who this is, and wait for the verdict."""
-    missing = [0]
+    missing, unresolved = [0], None
     hello = {"process": cluster.process_id, "of": cluster.num_processes, "about": dict(about)}
     while (left := deadline - time.monotonic()) > 0:
-        reached = _connect(cluster, left)
+        try:
+            reached = _connect(cluster, left)
+        except socket.gaierror as error:
+            reached, known = None, unresolved
+            unresolved = error.strerror or str(error)
+            if known is None:
+                warnings.warn(
+                    f"{cluster.host} does not resolve ({unresolved}); trying on for {left:.0f} s",
+                    stacklevel=2,
+                )
         if reached is None:
             time.sleep(min(0.2, left))
             continue
+        unresolved = None
         reached.send(hello)
         while (left := deadline + VERDICT * (missing != [0]) - time.monotonic()) > 0:
             reached.socket.settimeout(left)
@@ -260,13 +274,24 @@ def _present(
                 if "problem" in message:
                     return reached
         reached.socket.close()
+    if unresolved is not None:
+        raise ValueError(
+            f"the coordinator's name {cluster.host!r} did not resolve within {timeout:g} seconds "
+            f"({unresolved}); give --coordinator a name or an address that this host knows"
+        )
     raise ValueError(_absent(missing, cluster, timeout))
 
 
 def _connect(cluster: Cluster, timeout: float) -> _Connection | None:
-    """A connection to process 0; None when nothing answers there."""
+    """A connection to process 0; None when nothing answers there.
+
+    Raises:
+      socket.gaierror: its name has no address, which it may still get where hosts start together.
+    """
     try:
         reached = socket.create_connection((cluster.host, cluster.port), min(5.0, timeout))
+    except socket.gaierror:
+        raise
     except OSError:
         return None
     if reached.getsockname() == reached.getpeername():

@@ -226,6 +226,13 @@ def _require_divisible(
     if size % count == 0:
         return
     over = " x ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in found)
+    if axis in ("batch", "seq"):  # a choice of whoever runs it, as the devices are
+        least = size // count * count
+        sizes = f"{least} or {least + count}" if least else f"{count}"
+        raise ValueError(
+            f"{name}: {axis!r} has size {size}, which {count} devices ({over}) cannot share "
+            f"evenly; the nearest sizes that they can are {sizes}"
+        )
     below = max(n for n in range(1, count) if size % n == 0)
     above = next((n for n in range(count, size + 1) if size % n == 0), None)
     nearest = f"{below}" if above is None else f"{below} or {above}"

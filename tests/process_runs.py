@@ -110,6 +110,11 @@ def die() -> None:
     os.kill(os.getpid(), KILL)
 
 
+def interrupt() -> None:
+    """As Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
 def fail() -> None:
     raise ValueError("the disk is full")
 

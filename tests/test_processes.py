@@ -280,6 +280,19 @@ def test_who_does_not_come_is_named():
     assert told.startswith(f"process 0 of 2 did not answer at 127.0.0.1:{port} within 1 seconds")
 
 
+def test_a_name_that_does_not_resolve(monkeypatch):
+    def unknown(*unused):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    lost = Cluster("by hand", "nohost.invalid:99", 1, 2)
+    with (
+        pytest.warns(match=r"nohost\.invalid does not resolve \(Name or .*trying on for 1 s"),
+        pytest.raises(ValueError, match=r"'nohost\.invalid' did not resolve within 1 seconds"),
+    ):
+        meet(lost, {}, timeout=1.0)
+
+
 def test_many_missing_are_counted():
     told, _ = gather([attend(free_port(), 0, 500, timeout=0.2)])[0]
     assert told.startswith("processes 1, 2, 3, 4, 5, 6, 7, 8 and 491 more of 500 did not come")
@@ -330,7 +343,11 @@ def test_strangers_do_not_disturb(monkeypatch):
         return call
 
     hello = json.dumps({"process": 1, "of": 3, "about": [1]}).encode() + b"\n"
-    junk = (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"x" * 9000, b"", hello, b"[" * 3000 + b"\n")
+    junk = (
+        b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"x" * 9000, b"", hello, b"[" * 3000 + b"\n",
+        b'{"process": true, "of": 3, "about": {}}\n', b'{"process": 1, "about": {}}\n',
+        b'{"process": true, "about": {}}\n',
+    )  # fmt: skip
     calls = [attend(port, n, 3, delay=0.5 * n) for n in range(3)]
     results = gather(calls + [stranger(data) for data in junk])
     for peers in results[:3]:

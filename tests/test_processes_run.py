@@ -90,6 +90,7 @@ def test_four_processes_killed_and_two_that_go_on_train_as_one(corpus, alone, gr
         # It serves the coordination: jax alone would abort the others with a stack trace.
         (2, 0, process_runs.die, 1, -KILL),
         (2, 1, process_runs.fail, 2, 2),
+        (2, 0, process_runs.interrupt, 130, 130),
         (2, 1, None, 0, 0),
     ],
 )
@@ -106,12 +107,15 @@ def test_how_one_ends_all_end(processes, tmp_path, count, victim, ending, code, 
     for number in range(count):
         if number == victim:
             assert codes[number] == victims_code
-            failed = ending is process_runs.fail
-            assert errors[number] == (["mmx: error: the disk is full"] if failed else [])
+            words = {process_runs.fail: "the disk is full", process_runs.interrupt: "interrupted"}
+            told = words.get(ending)
+            assert errors[number] == ([f"mmx: error: {told}"] if told else [])
+            assert "Traceback" not in found.logs[number].read_text()
         else:
             said = {
                 process_runs.die: gone(victim),
                 process_runs.fail: [f"mmx: error: process {victim} ended: the disk is full"],
+                process_runs.interrupt: [f"mmx: error: process {victim} ended: interrupted"],
                 None: [],
             }
             assert codes[number] == code
