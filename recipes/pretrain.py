@@ -309,6 +309,7 @@ def _report(recipe: Pretrain, result: Result) -> None:
     from mmx.training.plotting import draw
 
     print(f"plot: {draw(recipe.run_dir, recipe.run_dir / 'plot.png')}")
-    print(f"samples: {recipe.run_dir / 'samples'}")
+    if (samples := recipe.run_dir / "samples").is_dir():
+        print(f"samples: {samples}")
     print(f"checkpoint: {recipe.run_dir / 'checkpoints'} (mmx verify {recipe.run_dir})")
     print(f"next: mmx generate {recipe.run_dir} --prompt 'def ', or train on with a higher --steps")

@@ -11,7 +11,7 @@ from kill_runs import SAVE_EVERY
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(4, 50), pytest.param(20, 150, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(3, 40), pytest.param(20, 150, marks=pytest.mark.slow)]
 )
 def test_random_kills_change_nothing(tmp_path, kills, steps):
     corpus = train_runs.corpus(tmp_path / "corpus").folder
