@@ -18,6 +18,7 @@ from mmx.cli.models import (
     check_memory,
     kv_dtype_of,
     load_model,
+    memory_explained,
     note,
     sampling_of,
     show,
@@ -81,15 +82,16 @@ def _open(options: Chat) -> "Conversation":
     template = load_chat_template(options.path)
     sampling = sampling_of(options)
     sampling.check(config)
-    config, params = load_model(options.path, options)
     longest = min(options.max_seq_len, config.max_seq_len)
     chunk = 256 if longest <= 1024 else 2048
     room = Room(
         1, -(-longest // PAGE), PAGE, longest, chunk, decode_steps=4, snapshots=_SNAPSHOTS,
         kv_dtype=kv_dtype_of(options),
     )  # fmt: skip
-    check_memory(config, params, room)
-    engine = room.engine(config, params, tokenizer=tokenizer)
+    with memory_explained(options.path, config, options, room):
+        config, params = load_model(options.path, options)
+        check_memory(config, params, room)
+        engine = room.engine(config, params, tokenizer=tokenizer)
     return Conversation(engine, template, sampling, options.system)
 
 
@@ -111,10 +113,19 @@ def _next_line(watched: bool) -> str | None:
 
 def _answer(conversation: "Conversation", message: str) -> None:
     """Write the answer to a message; what cannot be answered is said, and the talk goes on."""
+    from mmx.planning.exhausted import MemoryExhausted, explained, of_engine
+
+    def running():
+        engine = conversation.engine
+        return of_engine(engine.config, engine.params, rows=1, tokens=engine.max_seq_len)
+
     with _interrupts() as seen:
         try:
-            for piece in conversation.ask(message, ended=lambda: bool(seen)):
-                show(piece)
+            with explained(running):
+                for piece in conversation.ask(message, ended=lambda: bool(seen)):
+                    show(piece)
+        except MemoryExhausted:
+            raise
         except ValueError as error:
             note(str(error))
             return

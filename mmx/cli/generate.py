@@ -16,6 +16,7 @@ from mmx.cli.models import (
     check_memory,
     kv_dtype_of,
     load_model,
+    memory_explained,
     sampling_of,
     show,
 )
@@ -75,16 +76,17 @@ def main(arguments: Sequence[str]) -> int:
             f"prompt of {max(config.max_seq_len - options.max_new_tokens, 0)}"
         )
 
-    config, params = load_model(options.path, options)
     pages = -(-total // PAGE)
     chunk = 256 if prompt.size <= _SHORT else 2048
     room = Room(
         1, pages, PAGE, pages * PAGE, chunk, decode_steps=4, snapshots=0,
         kv_dtype=kv_dtype_of(options),
     )  # fmt: skip
-    check_memory(config, params, room, show=options.context_file is not None)
-    engine = room.engine(config, params, tokenizer=tokenizer)
-    return _print(_stream(engine, prompt.tolist(), sampling), as_ids=tokenizer is None)
+    with memory_explained(options.path, config, options, room):
+        config, params = load_model(options.path, options)
+        check_memory(config, params, room, show=options.context_file is not None)
+        engine = room.engine(config, params, tokenizer=tokenizer)
+        return _print(_stream(engine, prompt.tolist(), sampling), as_ids=tokenizer is None)
 
 
 def _check(options: Generate) -> None:

@@ -1,7 +1,8 @@
 """What commands that run a model share: options, loading, the memory it will take."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -80,6 +81,38 @@ def load_model(path: Path, options: Precision) -> "tuple[ModelConfig, Params]":
     dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
     weights = "int8" if options.weights == "int8" else None
     return mmx.load(path, dtype=dtype, weights=weights)
+
+
+@contextmanager
+def memory_explained(
+    path: Path, config: "ModelConfig", options: Precision, room: "Room"
+) -> Iterator[None]:
+    """Loading a model and running it: memory that runs out is a table on stderr and one line.
+
+    Raises:
+      MemoryExhausted: a ValueError; instead of the runtime's error.
+    """
+    from mmx.planning.exhausted import explained, of_checkpoint
+
+    def ask():
+        dtype = {"as-stored": None, "fp32": "float32", "bf16": "bfloat16"}[options.dtype]
+        return of_checkpoint(
+            config, dtype or _stored_dtype(path), int8=options.weights == "int8",
+            rows=room.rows, tokens=room.pages * room.page_size,
+        )  # fmt: skip
+
+    with explained(ask):
+        yield
+
+
+def _stored_dtype(path: Path) -> str:
+    from mmx.convert.leaves import stored_dtype
+    from mmx.convert.source import is_run, open_source
+
+    if is_run(path):
+        return "float32"
+    source = open_source(path)
+    return str(stored_dtype(source, source.by_path["embed/embedding"]))
 
 
 def kv_dtype_of(options: Precision) -> str | None:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from mmx.cli.models import Precision, Room, check_memory, kv_dtype_of, load_model, note
+from mmx.cli.models import (
+    Precision,
+    Room,
+    check_memory,
+    kv_dtype_of,
+    load_model,
+    memory_explained,
+    note,
+)
 
 if TYPE_CHECKING:
     from mmx.config import ModelConfig
@@ -94,7 +102,7 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     from mmx.convert.load import load_config
     from mmx.inference.text import load_tokenizer
 
-    load_config(options.path)  # a folder that is none is named as that
+    config = load_config(options.path)  # a folder that is none is named as that
     tokenizer = load_tokenizer(options.path)
 
     import asyncio
@@ -105,15 +113,13 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
     from mmx.inference.text import longest_token
-    from mmx.planning.exhausted import explained, of_engine
 
     # Where the template lies is nobody's business out there.
     template = dataclasses.replace(load_chat_template(options.path), file="the model")
-    config, params = load_model(options.path, options)
     room = _room(options, config)
-    check_memory(config, params, room, show=True)
-    tokens = room.pages * room.page_size
-    with explained(lambda: of_engine(config, params, rows=room.rows, tokens=tokens)):
+    with memory_explained(options.path, config, options, room):
+        config, params = load_model(options.path, options)
+        check_memory(config, params, room, show=True)
         engine = room.engine(config, params, tokenizer=tokenizer)
         if options.warm_up:
             _warm_up(engine)

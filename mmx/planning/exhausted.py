@@ -25,7 +25,7 @@ class MemoryExhausted(ValueError):
 
 @contextmanager
 def explained(ask: Callable[[], "Request"]) -> Iterator[None]:
-    """Turn RESOURCE_EXHAUSTED from within into a table on stderr and one line.
+    """Turn memory that runs out within into a table on stderr and one line.
 
     Args:
       ask: makes the request of what was running; called then only.
@@ -35,10 +35,13 @@ def explained(ask: Callable[[], "Request"]) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except MemoryExhausted:
+        raise
+    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
+        # jaxlib raises a ValueError where an array cannot be made, and C++ has its own MemoryError.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or "no memory").splitlines()[0]
         raise MemoryExhausted(f"a device has too little memory ({first}){_explain(ask)}") from error
 
 
@@ -53,10 +56,14 @@ def _explain(ask: Callable[[], "Request"]) -> str:
         request = ask()
         plan = make_plan(request)
         advice = advise(plan)
-    except (ValueError, NotImplementedError) as error:
-        return f"; it could not be planned: {error}"
+    except (ValueError, NotImplementedError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"; it could not be planned: {reason}"
     Console(stderr=True).print(render_memory(plan, advice))
-    return "; see the table above" + (f": try {advice[0][0]}" if advice else "")
+    # What fits by the estimate comes first, but the estimate has been too low.
+    most = 0.9 * plan.total
+    helpful = [setting for setting, total, _ in advice if total < most]
+    return "; see the table above" + (f": try {helpful[0]}" if helpful else "")
 
 
 def of_training(plan: "TrainingPlan", partition: Partition | None) -> "Request":
@@ -87,8 +94,15 @@ def of_engine(config: ModelConfig, params: Any, *, rows: int, tokens: int) -> "R
     from mmx.nn.quantized import is_quantized
 
     dtype = str(params["embed"]["embedding"].dtype)
-    weights = "int8" if is_quantized(params) else "bf16"
+    return of_checkpoint(config, dtype, int8=is_quantized(params), rows=rows, tokens=tokens)
+
+
+def of_checkpoint(
+    config: ModelConfig, dtype: str, *, int8: bool, rows: int, tokens: int
+) -> "Request":
+    """The same of parameters that are not there yet: in a dtype, their matrices in int8 or not."""
     each = max(1, min(tokens // rows, config.max_seq_len))
+    weights = "int8" if int8 else "bf16"
     return _request(config, "decode", None, seq=each, batch=rows, weights=weights, dtype=dtype)
 
 

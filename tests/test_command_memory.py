@@ -1,0 +1,61 @@
+"""Commands that run a model where there is too little memory: a table and one line."""
+
+import io
+import re
+import sys
+
+import jax
+import pytest
+from talking import write_model
+
+import mmx
+from mmx.cli import main
+
+COMMANDS = {
+    "generate": ["--prompt", "x", "--max-new-tokens", "100"],
+    "chat": ["--max-new-tokens", "8"],
+    "serve": ["--port", "0", "--rows", "2"],
+}
+ERRORS = [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte."),
+    ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte."),
+    MemoryError("std::bad_alloc"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("memory") / "model")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["load", "engine", "step"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_memory_that_runs_out(command, where, error, folder, monkeypatch, capfd):
+    def runs_out(*arguments, **options):
+        raise error
+
+    if where == "load":
+        monkeypatch.setattr(mmx, "load", runs_out)
+    else:
+        part = "__init__" if where == "engine" else "step"
+        monkeypatch.setattr(f"mmx.inference.engine.Engine.{part}", runs_out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    assert main([command, str(folder), *COMMANDS[command]]) == 2
+    out, err = capfd.readouterr()
+    assert out.strip() == ""
+    *table, last = err.strip().splitlines()
+    assert "keys and values" in "".join(table)
+    assert re.match(r"mmx: error: a device has too little memory \(.*\); see the table above", last)
+    assert str(error) in last
+
+
+def test_a_setting_that_saves_nothing_is_not_what_to_try(folder, monkeypatch, capfd):
+    def runs_out(*arguments, **options):
+        raise ERRORS[0]
+
+    monkeypatch.setattr(mmx, "load", runs_out)
+    arguments = ["--port", "0", "--pages", "100000", "--page-size", "16"]
+    assert main(["serve", str(folder), *arguments]) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("see the table above: try --batch 4")
