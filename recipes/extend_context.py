@@ -6,7 +6,8 @@
 Every stage trains on longer rows with a larger RoPE base and another mix of short, medium and long
 text, and on questions about long texts in its last fifth. After each it measures what it is for,
 retrieval inside the new length, and what it must not cost, the held-out loss of short text. Run
-again on the same --run-dir and it goes on where it stopped.
+again on the same --run-dir and it goes on where it stopped; stages that began with other parameters
+are refused.
 """
 
 import dataclasses
@@ -14,11 +15,8 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any
 
 from mmx.config import ModelConfig
 from mmx.convert.load import load, load_config
@@ -30,7 +28,7 @@ from mmx.data.shards import Manifest, file_sha256, write_atomic
 from mmx.data.tokenizer import load_tokenizer
 from mmx.evaluation.needles import needle_accuracy
 from mmx.model import Params
-from mmx.placement import RuleName, make_partition
+from mmx.placement import make_partition
 from mmx.training.agreement import by_first
 from mmx.training.evaluation import HeldOut
 from mmx.training.loop import Result, train
@@ -39,70 +37,12 @@ from mmx.training.plan import Plan
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
 from recipes import command
+from recipes.extension_options import ExtendContext, Stage, check_options, flagged
+from recipes.extension_report import show, told
+from recipes.origins import Origin, begin, check_chain, digest, origin_of
 from recipes.processes import together
 from sharding import MeshConfig, Partition
 from sharding.peers import Peers
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One length."""
-
-    seq_len: int
-    """Tokens a row."""
-    rope_theta: float
-    """RoPE base."""
-    steps: int
-    """Of this stage."""
-    learning_rate: float
-    """Constant, after a warm-up over a tenth of the steps."""
-    batch_size: int
-    """Rows of a micro-batch, over all devices."""
-    accumulation: int = 1
-    """Micro-batches a step."""
-    mix: tuple[float, float, float] = (0.3, 0.3, 0.4)
-    """Shares of short, medium and long text."""
-
-
-@dataclass(frozen=True)
-class ExtendContext:
-    """Extend the context of a model. What is not given is as in the preset."""
-
-    from_run: Annotated[Path, tyro.conf.arg(name="from")]
-    """The run, or the checkpoint folder, to begin with."""
-    run_dir: Path
-    """Where everything goes; stages found there are continued."""
-    corpus: Path | None
-    """Shards the model was trained on; none: the standard library of this Python."""
-    stages: tuple[Stage, ...]
-    """One after the other."""
-    documents: int
-    """Long documents of each length and kind."""
-    short_len: int
-    """Tokens a row where the held-out loss of short text is measured."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where needles are, 0 the beginning of the text and 1 its end."""
-    needles: int = 8
-    """Prompts for each depth."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of matrices and activations; master parameters are float32."""
-    remat: Literal["none", "superblock", "layer"] = "layer"
-    """What the backward pass computes again."""
-    capacity_factor: float | None = None
-    """Tokens an expert takes, as a multiple of its even share; none: no token is dropped."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Devices along each axis of the mesh; -1 takes what the others leave."""
-    rules: RuleName = "long_context"
-    """What the axes split."""
-    seed: int = 0
-    """Of documents, data order and needles."""
-    save_every: int = 100
-    """Steps between checkpoints."""
-    tensorboard: bool = True
-    """Write TensorBoard files beside metrics.jsonl."""
-    wandb: str | None = None
-    """Project of Weights & Biases to report to."""
-
 
 PRESETS = {
     "demo": ExtendContext(
@@ -190,6 +130,20 @@ def partition_of(
     return make_partition(recipe.mesh, recipe.rules, config, rows=rows, seq_len=seq_len)
 
 
+def folders_of(recipe: ExtendContext) -> list[Path]:
+    """The run folder of each stage."""
+    return [
+        recipe.run_dir / f"stage-{number}-{stage.seq_len}"
+        for number, stage in enumerate(recipe.stages, 1)
+    ]
+
+
+def config_of(stage: Stage, config: ModelConfig) -> ModelConfig:
+    """Of the model in a stage, from that before it."""
+    longest = max(config.max_seq_len, stage.seq_len)
+    return dataclasses.replace(config, rope_theta=stage.rope_theta, max_seq_len=longest)
+
+
 def weights_of(recipe: ExtendContext) -> tuple[Weights, ...]:
     """Shares of the sources in each stage."""
     return extension_weights(
@@ -206,34 +160,31 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
       What was measured after each stage, also in RUN/extension.json.
     """
     first = peers is None or peers.is_first
-    weights, config = weights_of(recipe), load_config(recipe.from_run)
-    partitions = [  # before an hour's work
-        partition_of(recipe, config, stage.batch_size, stage.seq_len) for stage in recipe.stages
-    ]
+    config = load_config(recipe.from_run)
+    weights, partition = _check(recipe, config)
+    folders = folders_of(recipe)
+    by_first(lambda: check_chain(folders, [stage.steps for stage in recipe.stages]))
+    config, params = load(recipe.from_run, partition=partition)
+    begin(folders[0], origin_of(recipe.from_run, params))
     with nullcontext() if peers is None else peers.first_alone():
         base, long = _corpora(recipe, config, follows=not first)
-    # Stages differ in rows and lengths, which split no parameter.
-    config, params = load(recipe.from_run, partition=partitions[0])
     before, reports = short_loss(recipe, base, config, params), []
     for number, (stage, shares) in enumerate(zip(recipe.stages, weights, strict=True), 1):
-        config = dataclasses.replace(
-            config,
-            rope_theta=stage.rope_theta,
-            max_seq_len=max(config.max_seq_len, stage.seq_len),
-        )
-        folder = recipe.run_dir / f"stage-{number}-{stage.seq_len}"
+        config, folder = config_of(stage, config), folders[number - 1]
         result = _train(recipe, number, config, params, shares, base, long)
         if not result.finished:
             _tell(first, f"run the same command again to go on from step {result.step} of {folder}")
             break
         params = result.params
+        if number < len(folders):  # before this stage is reported
+            begin(folders[number], Origin(str(folder), result.step, digest(params)))
         reports.append(
             {
                 "stage": number,
                 "run": folder.name,
                 "seq_len": stage.seq_len,
                 "rope_theta": stage.rope_theta,
-                "tokens": stage.steps * stage.accumulation * stage.batch_size * stage.seq_len,
+                "tokens": result.step * stage.accumulation * stage.batch_size * stage.seq_len,
                 "heldout_loss_before": result.heldout_before,
                 "heldout_loss": result.heldout_after,
                 "short_loss_before": before,
@@ -243,8 +194,42 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
         )
         text = json.dumps(reports, indent=1) + "\n"
         by_first(lambda text=text: write_atomic(recipe.run_dir / "extension.json", text.encode()))
-        _tell(first, f"after stage {number}: {', '.join(map(' '.join, _told(reports[-1])))}")
+        _tell(first, f"after stage {number}: {', '.join(map(' '.join, told(reports[-1])))}")
     return reports
+
+
+def _check(
+    recipe: ExtendContext, config: ModelConfig
+) -> tuple[tuple[Weights, ...], Partition | None]:
+    """Refuse now what would be refused after an hour's work.
+
+    Returns:
+      The shares of the sources in each stage, and the partition to load parameters with: stages
+      differ in rows and lengths, which split no parameter.
+    """
+    import jax
+
+    check_options(recipe)
+    with flagged("--stages.N.seq-len"):
+        weights = weights_of(recipe)
+    partition = make_partition(recipe.mesh, recipe.rules, config)
+    for number, stage in enumerate(recipe.stages):
+        config = config_of(stage, config)
+        with flagged(f"--stages.{number}"):
+            plan_of(recipe, stage, config, num_sources=1)
+            _rows(partition_of(recipe, config, stage.batch_size, stage.seq_len))
+    with flagged("--short-len"):
+        partition_of(recipe, config, jax.device_count(), recipe.short_len)
+    if recipe.corpus is not None:
+        corpus_of(recipe, config, follows=False)
+    return weights, partition
+
+
+def _rows(partition: Partition | None) -> tuple[int, int]:
+    """Which part of the rows of a micro-batch this process loads, of how many."""
+    import jax
+
+    return rows_of_process(partition, jax.process_index())
 
 
 def _corpora(
@@ -281,11 +266,9 @@ def _train(
     long: Manifest,
 ) -> Result:
     """Train a stage in a run folder of its own, or go on with it."""
-    import jax
-
     stage = recipe.stages[number - 1]
     partition = partition_of(recipe, config, stage.batch_size, stage.seq_len)
-    index, count = rows_of_process(partition, jax.process_index())
+    index, count = _rows(partition)
     rows = {
         "seq_len": stage.seq_len,
         "batch_size": stage.batch_size,
@@ -298,7 +281,7 @@ def _train(
     try:
         return train(
             plan_of(recipe, stage, config, len(long.sources)),
-            recipe.run_dir / f"stage-{number}-{stage.seq_len}",
+            folders_of(recipe)[number - 1],
             data,
             heldout,
             long,
@@ -317,7 +300,7 @@ def short_loss(recipe: ExtendContext, base: Manifest, config: ModelConfig, param
     rows = devices = jax.device_count()
     rows *= max(1, 16 // devices)
     partition = partition_of(recipe, config, rows, recipe.short_len)
-    index, count = rows_of_process(partition, jax.process_index())
+    index, count = _rows(partition)
     batches = Batches(
         base.folder,
         seq_len=recipe.short_len,
@@ -365,36 +348,5 @@ def main(arguments: Sequence[str]) -> int:
     with together(processes, recipe) as peers:
         reports = run(recipe, peers)
     if peers is None or peers.is_first:
-        _report(recipe, reports)
+        show(recipe.run_dir, reports)
     return 0
-
-
-def _told(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What a person wants to know of a stage: retrieval inside its length, beside the losses."""
-    needles = row["needles"]
-    return (
-        ("length", f"{row['seq_len']:,}"),
-        ("RoPE base", f"{row['rope_theta']:,.0f}"),
-        ("held-out loss", f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}"),
-        ("short text", f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}"),
-        ("retrieved", f"{sum(needles['exact']) / len(needles['exact']):.0%}"),
-        ("by depth", " ".join(f"{share:.0%}" for share in needles["exact"])),
-        ("loss of answers", f"{needles['loss']:.3f}"),
-    )
-
-
-def _report(recipe: ExtendContext, reports: Sequence[dict[str, Any]]) -> None:
-    """One row a stage, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not reports:
-        return
-    title = "after each stage; losses in nats, before -> after"
-    table = Table(*(name for name, _ in _told(reports[0])), title=title)
-    for row in reports:
-        table.add_row(*(value for _, value in _told(row)))
-    Console().print(table)
-    print(f"report: {recipe.run_dir / 'extension.json'}")
-    last = recipe.run_dir / reports[-1]["run"]
-    print(f"next: mmx generate {last} --prompt 'def ' (mmx verify {last} checks every byte)")

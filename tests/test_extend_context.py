@@ -15,6 +15,7 @@ from mmx.training.checkpoint import complete_steps
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
 from recipes.extend_context import PRESETS
+from recipes.origins import digest
 
 STAGES = EXTENSION.stages
 
@@ -24,6 +25,7 @@ def pretrained(tmp_path_factory):
     root = tmp_path_factory.mktemp("extend")
     manifest = train_runs.corpus(root / "corpus")
     train_runs.run(manifest, root / "run", 3)
+    train_runs.run(manifest, root / "other", 4)
     return root, manifest
 
 
@@ -37,23 +39,27 @@ def recipe_of(root: Path, manifest, name="long"):
 def extend(pretrained, processes, tmp_path_factory):
     """Run the command in processes of one device each; the reports and what each said.
 
-    `at` is for the last of them: (step, signal).
+    `at` is for the last of them: (step, signal). With `code` what went wrong is in the place of the
+    reports.
     """
     root, manifest = pretrained
     programs = tmp_path_factory.mktemp("programs")
 
-    def run(folder, count=1, at=None):
+    def run(folder, count=1, at=None, base="run", code=0):
         port, found = free_port(), Group(processes, tmp_path_factory.mktemp("logs"), programs)
         for number in range(count):
             arguments = [
-                "extend", "demo", "--from", str(root / "run"), "--run-dir", str(folder),
+                "extend", "demo", "--from", str(root / base), "--run-dir", str(folder),
                 "--corpus", str(manifest.folder),
                 *(by_hand(port, number, count) if count > 1 else ()),
             ]  # fmt: skip
             found.start(arguments, devices=1, at=at if number == count - 1 else None)
-        assert found.end() == ([0] * count, [[]] * count)
-        reports = json.loads((folder / "extension.json").read_text())
-        return reports, [log.read_text() for log in found.logs]
+        codes, errors = found.end()
+        assert codes == [code] * count
+        file = folder / "extension.json"
+        reports = json.loads(file.read_text()) if file.exists() else []
+        assert code or errors == [[]] * count
+        return errors if code else reports, [log.read_text() for log in found.logs]
 
     return run
 
@@ -108,6 +114,70 @@ def test_stages_follow_each_other_and_are_reported(pretrained, extended, extend)
     assert again[1]["short_loss"] == reports[1]["short_loss"]
 
 
+def everything(folder):
+    """What each file holds and when it was written."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_stages_of_another_base_are_not_passed_off(pretrained, extended):
+    root, manifest = pretrained
+    recipe = recipe_of(root, manifest)
+    before = everything(root / "long")
+    first = root / "long" / extended[0][0]["run"]
+    with pytest.raises(ValueError, match=r"other at step 4 .*; choose another --run-dir") as caught:
+        extend_context.run(dataclasses.replace(recipe, from_run=root / "other"))
+    assert str(caught.value).startswith(f"{first}: began with {root / 'run'} at step 3 (parameters")
+    assert everything(root / "long") == before
+
+
+@pytest.mark.parametrize("changed", [{"steps": 6}, {"seq_len": 192}])
+def test_no_stage_is_trained_on_below_a_later_one(pretrained, extended, changed):
+    root, manifest = pretrained
+    stages = dataclasses.replace(STAGES[0], **changed), *STAGES[1:]
+    before = everything(root / "long")
+    second = root / "long" / extended[0][1]["run"]
+    with pytest.raises(ValueError, match=r"which comes before it, has .* steps now") as caught:
+        extend_context.run(dataclasses.replace(recipe_of(root, manifest), stages=stages))
+    assert str(caught.value).startswith(f"{second}: began with ")
+    assert everything(root / "long") == before
+
+
+def test_an_interrupted_extension_goes_on_bit_for_bit(pretrained, extended, extend, tmp_path):
+    root, _ = pretrained
+    assert extend(tmp_path, at=(3, TERM))[0] == []
+    origin = (tmp_path / "stage-1-128/origin.json").read_bytes()
+    reports, (said,) = extend(tmp_path)
+    assert "going on after step 3" in " ".join(said.split())
+    assert reports == extended[0]
+    assert (tmp_path / "stage-1-128/origin.json").read_bytes() == origin
+    for row in reports:
+        ours, theirs = (load_run(folder / row["run"])[1] for folder in (tmp_path, root / "long"))
+        assert digest(ours) == digest(theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"needles": 0}, "--needles is 0"),
+        ({"depths": (0.5, 2.0)}, "--depths is 0.5 2.0"),
+        ({"save_every": 0}, "--save-every is 0"),
+        ({"short_len": 33}, "--short-len: rows of 33 tokens"),
+        ({"stages": (STAGES[0], dataclasses.replace(STAGES[1], learning_rate=-1.0))},
+         "--stages.1.learning-rate is -1.0"),
+        ({"stages": (STAGES[0], dataclasses.replace(STAGES[1], seq_len=250))},
+         "--stages.1: rows of 250 tokens"),
+        ({"stages": (STAGES[1], STAGES[0])}, r"--stages.N.seq-len: lengths are \(256, 128\)"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_before_any_work(pretrained, changes, words):
+    root, manifest = pretrained
+    recipe = dataclasses.replace(recipe_of(root, manifest, "unused"), **changes)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        extend_context.run(recipe)
+    assert not (root / "unused").exists()
+
+
 def check_alike(ours, theirs, *, rel):
     """Two reports of a stage: fp32 sums in another order, through the steps of Adam before."""
     assert ours.keys() == theirs.keys()
@@ -141,6 +211,15 @@ def test_two_processes_measure_what_one_does_and_stop_together(extended, extend,
     about = json.loads((folder / following["run"] / "run.json").read_text())
     before = following["heldout_loss_before"]
     assert about["heldout_loss_before"] == pytest.approx(before, rel=1e-4)
+    # Neither process goes on with another base; with the same both do, to the end.
+    errors, _ = extend(folder, 2, base="other", code=2)
+    for (line,) in errors:
+        assert f"{folder / ours['run']}: began with " in line
+        assert "; choose another --run-dir, or remove " in line
+    again, (told, _) = extend(folder, 2)
+    assert again[0] == ours
+    assert "going on after step " in " ".join(told.split())
+    check_alike(again[1], following, rel=1e-3)
 
 
 def test_presets_have_the_lengths_and_bases_of_the_paper():
