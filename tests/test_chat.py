@@ -131,6 +131,40 @@ def test_what_takes_too_much_is_ended(source, match):
     assert took < 60
 
 
+NEVER = [
+    ("{% if %}", "TemplateSyntaxError"),
+    ("{{ 'x' | nonsense }}", "TemplateAssertionError"),
+    ("{{ nothing.at.all }}", "UndefinedError: 'nothing' is undefined"),
+    ("{{ ''.__class__ }}", "SecurityError"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ 'x' * 2 * 10 ** 9 }}", "too much memory"),
+    (LOOP, "takes more than 0.5 seconds"),
+]
+SOMETIMES = [
+    None,
+    WHOLE,
+    PARTS,
+    "{{ raise_exception('only with tools') }}",
+    "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}",
+    "{% if messages[0].role == 'system' %}{% set who = 'x' %}{% endif %}{{ who.upper() }}",
+    "{{ messages[2].content.upper() }}",
+    "{% if messages | length < 3 %}{{ tools.x.y }}{% endif %}",
+]
+
+
+@pytest.mark.parametrize(("source", "said"), NEVER, ids=[source[:20] for source, _ in NEVER])
+def test_a_template_that_never_works_is_refused_before_any_message(source, said):
+    with pytest.raises(ValueError, match="the chat template: the chat template fails") as caught:
+        chat.check_template(ChatTemplate(source), seconds=0.5 if source is LOOP else 30.0)
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("; mend it, or take it away for MiniMax-01's own format")
+
+
+@pytest.mark.parametrize("source", SOMETIMES)
+def test_a_template_that_refuses_some_conversations_is_not(source):
+    chat.check_template(ChatTemplate(source), seconds=30.0)
+
+
 BAD_MESSAGES = [
     ([], "at least one message"),
     ("hello", "must be a list"),

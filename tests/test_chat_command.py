@@ -259,10 +259,12 @@ def test_a_terminal_has_a_prompt_and_no_escapes(answering, monkeypatch, capsys):
         ("tokenizer.json", None, "no such file"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is a int"),
+        ("chat_template.jinja", "{% if %}", "chat_template.jinja: the chat template fails (Templ"),
         ("config.json", "[]", "config.json"),
     ],
 )
 def test_folders_one_cannot_talk_with(name, content, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mmx, "load", lambda *arguments, **options: pytest.fail("it was loaded"))
     folder = write_model(tmp_path / "it")
     if content is None:
         (folder / name).unlink()

@@ -94,6 +94,14 @@ def test_folders_that_cannot_be_served(folder, tmp_path, capsys):
     assert "tokenizer.json: no such file" in refused(capsys, other, "--port", "0")
 
 
+def test_a_template_that_never_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "load_model", lambda *arguments: pytest.fail("it was loaded"))
+    other = write_model(tmp_path / "it")
+    (other / "chat_template.jinja").write_text("{{ ''.__class__ }}")
+    err = refused(capsys, other, "--port", "0")
+    assert f"{other / 'chat_template.jinja'}: the chat template fails (SecurityError" in err
+
+
 def test_addresses_that_cannot_be_had(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

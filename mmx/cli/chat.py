@@ -73,13 +73,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def _open(options: Chat) -> "Conversation":
     from mmx.convert.load import load_config
-    from mmx.inference.chat import load_chat_template
+    from mmx.inference.chat import check_template, load_chat_template
     from mmx.inference.conversation import Conversation
     from mmx.inference.text import load_tokenizer
 
     config = load_config(options.path)
     tokenizer = load_tokenizer(options.path)
     template = load_chat_template(options.path)
+    check_template(template)
     sampling = sampling_of(options)
     sampling.check(config)
     longest = min(options.max_seq_len, config.max_seq_len)

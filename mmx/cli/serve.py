@@ -108,14 +108,16 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     import asyncio
     import dataclasses
 
-    from mmx.inference.chat import load_chat_template
+    from mmx.inference.chat import check_template, load_chat_template
     from mmx.inference.http_limits import Limits
     from mmx.inference.openai_prompts import Served
     from mmx.inference.server import serve
     from mmx.inference.text import longest_token
 
-    # Where the template lies is nobody's business out there.
-    template = dataclasses.replace(load_chat_template(options.path), file="the model")
+    template = load_chat_template(options.path)
+    check_template(template)
+    # Where it lies is nobody's business out there.
+    template = dataclasses.replace(template, file="the model")
     room = _room(options, config)
     with memory_explained(options.path, config, options, room):
         config, params = load_model(options.path, options)

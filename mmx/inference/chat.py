@@ -107,23 +107,60 @@ def render_chat(
         if len(text) > max_characters:
             raise ValueError(f"the prompt has more than {max_characters:,} characters")
         return text
+    answer = _rendered(template, plain, add_generation_prompt, max_characters, seconds)
+    if "text" not in answer:
+        raise _failure(template, answer)
+    return answer["text"]
+
+
+def check_template(template: ChatTemplate, *, seconds: float = 5.0) -> None:
+    """Refuse a template that can render no conversation, before a model is loaded for it.
+
+    One that refuses a conversation itself (`raise_exception`), or lacks what another one may have,
+    is not refused.
+
+    Raises:
+      ValueError: one line, as of `render_chat`, and what to do.
+    """
+    if template.source is None:
+        return
+    user, system, answer = ({"role": r, "content": r} for r in ("user", "system", "assistant"))
+    for messages in ([user], [system, user], [user, answer, user], [system, user, answer, user]):
+        found = _rendered(template, messages, True, MAX_TEXT, seconds)
+        if "text" in found or found.get("kind") == "refused":
+            return
+        if found.get("kind") != "undefined":
+            break
+    failure = _failure(template, found)
+    raise ValueError(f"{failure}; mend it, or take it away for MiniMax-01's own format")
+
+
+def _rendered(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    most: int,
+    seconds: float,
+) -> dict[str, str]:
+    """What the process that renders answers: a text, or an error and its kind."""
     question = {
         "template": template.source,
         "variables": {
-            "messages": plain,
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": template.bos_token,
             "eos_token": template.eos_token,
         },
-        "most": max_characters,
+        "most": most,
         "seconds": math.ceil(seconds),
         "memory": _MEMORY,
     }
-    answer = ask(question, seconds)
-    if "text" not in answer:
-        reason = printable(" ".join(answer["error"].split()))
-        raise ValueError(f"{template.file}: the chat template fails ({reason})")
-    return answer["text"]
+    return ask(question, seconds)
+
+
+def _failure(template: ChatTemplate, answer: Mapping[str, str]) -> ValueError:
+    reason = printable(" ".join(answer["error"].split()))
+    return ValueError(f"{template.file}: the chat template fails ({reason})")
 
 
 def encode_chat(
