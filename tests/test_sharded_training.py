@@ -1,6 +1,7 @@
 """Training over 8 CPU devices: the losses of one device, state that lies as the rules say."""
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from mmx.training.step import StepOptions, make_train_step
 from sharding import MeshConfig, rules
 
 CONFIG = small_config("ls", num_heads=4, num_kv_heads=2)
+WIDE = small_config("ls", num_heads=8, num_kv_heads=4)
 OPTIONS = StepOptions(
     LearningRate((warm_up(4, 1e-2), constant(20, 1e-2))),
     compute_dtype="float32",
@@ -34,22 +36,23 @@ OPTIONS = StepOptions(
 STEPS = 24
 
 
-def batches():
-    """Packed: two micro-batches of four rows a step, of which every other step uses one."""
+def batches(rows):
+    """Packed: two micro-batches of so many rows a step, of which every other step uses one."""
     for step in range(STEPS):
-        ids = np.stack([ROWS[:4], np.roll(ROWS[4:8], step, axis=0)])
+        others = ROWS[4:8] if rows == 4 else ROWS[2:10]
+        ids = np.stack([ROWS[:rows], np.roll(others, step, axis=0)])
         tokens = np.random.default_rng(step).integers(0, 40, ids.shape, dtype=np.int32)
         sources = np.where(ids == 0, -1, ids % 2).astype(np.int32)
         yield {"tokens": tokens, "segment_ids": ids, "sources": sources}, np.int32(1 + step % 2)
 
 
-def run(partition):
-    """The metrics of every step, the state after the last."""
-    step = make_train_step(CONFIG, OPTIONS, partition=partition)
-    shardings = state_shardings(CONFIG, OPTIONS.optimizer, partition)
-    state = init_state(CONFIG, OPTIONS.optimizer, 0, shardings=shardings)
+def run(config, rows, partition):
+    """The state before the first step, the metrics of every one, the state after the last."""
+    step = make_train_step(config, OPTIONS, partition=partition)
+    shardings = state_shardings(config, OPTIONS.optimizer, partition)
+    state = init_state(config, OPTIONS.optimizer, 0, shardings=shardings)
     first, compiled, metrics = jax.device_get(state), None, []
-    for batch, used in batches():
+    for batch, used in batches(rows):
         arguments = state, put_batch(batch, partition), used
         compiled = compiled or step.program.lower(*arguments).compile(QUICK)
         state, seen = compiled(*arguments)
@@ -57,10 +60,35 @@ def run(partition):
     return first, jax.tree.map(lambda *leaves: np.stack(leaves), *metrics), state, shardings
 
 
-def test_losses_of_24_steps_are_those_of_one_device():
-    partition = make_partition(MeshConfig(fsdp=2, expert=2, seq=2), "expert", CONFIG, rows=4)
-    first, metrics, state, shardings = run(partition)
-    true_first, true, true_state, _ = run(None)
+@functools.cache
+def alone(config, rows):
+    return run(config, rows, None)
+
+
+def swept(ours, shard, **sizes):
+    """Eight rows and four key heads, which every mesh can share."""
+    name = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    sizes = {"fsdp": 1, **sizes}
+    return pytest.param(WIDE, 8, ours, sizes, shard, id=name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "ours", "sizes", "shard"),
+    [
+        pytest.param(CONFIG, 4, "expert", dict(fsdp=2, expert=2, seq=2), (1, 2, 6, 12),
+                     id="fsdp 2 x expert 2 x seq 2"),
+        swept("fsdp", (1, 4, 3, 12), fsdp=8),
+        swept("tensor", (1, 4, 24, 3), tensor=4, data=2),
+        swept("expert", (1, 1, 12, 12), expert=4, fsdp=2),
+        swept("expert", (1, 2, 12, 6), expert=2, tensor=2, seq=2),
+        swept("long_context", (1, 4, 3, 12), seq=8),
+        swept("expert", (1, 4, 6, 6), seq=4, tensor=2),
+    ],
+)  # fmt: skip
+def test_losses_of_24_steps_are_those_of_one_device(config, rows, ours, sizes, shard):
+    partition = make_partition(MeshConfig(**sizes), ours, config, rows=rows)
+    first, metrics, state, shardings = run(config, rows, partition)
+    true_first, true, true_state, _ = alone(config, rows)
     # Made where they lie, with the same random numbers.
     jax.tree.map(np.testing.assert_array_equal, first, true_first)
     assert true["loss"][-4:].mean() < true["loss"][:4].mean() - 0.2
@@ -75,7 +103,7 @@ def test_losses_of_24_steps_are_those_of_one_device():
     assert jax.tree.all(same)
     assert int(state.step) == int(true_state.step) == STEPS
     gate = state.opt_state[1].mu["blocks"]["layer_0"]["moe"]["gate_proj"]
-    assert gate.addressable_shards[0].data.shape == (1, 2, 6, 12)  # experts over 2, width over 4
+    assert gate.addressable_shards[0].data.shape == shard  # of experts, width and their own width
 
 
 class Numbers:
@@ -149,7 +177,9 @@ REFUSED = [
      "rows of 72 tokens: 8 devices (seq=8) share a row in multiples of 16 tokens; the nearest "
      "lengths are 64 or 80"),
     (dict(fsdp=8), "expert", dict(rows=4),
-     "micro-batches of 4 rows: 'batch' has size 4, which 8 devices (fsdp=8) cannot share evenly"),
+     "micro-batches of 4 rows: 'batch' has size 4, which 8 devices (fsdp=8) cannot share evenly; "
+     "the nearest sizes that they can are 8"),
+    (dict(fsdp=8), "expert", dict(rows=20), "the nearest sizes that they can are 16 or 24"),
     (dict(fsdp=4, seq=2), "fsdp", {}, "rules 'fsdp' split nothing over mesh axis 'seq'"),
     (dict(), "zero", {}, "rules 'zero'; choose one of fsdp, tensor, expert, long_context, serving"),
     (dict(), dataclasses.replace(rules.FSDP, mlp=("model",)), {},
@@ -173,6 +203,9 @@ def test_what_does_not_fit_is_refused_by_name(sizes, ours, batch, message):
         (["train", "demo", "--mesh.fsdp", "1", "--mesh.expert", "8"],
          "blocks/layer_0/moe/down_proj: 'experts' has size 4, which 8 devices (expert=8) cannot "
          "share evenly; the nearest numbers that can are 4"),
+        (["train", "demo", "--mesh.fsdp", "8", "--batch-size", "4"],
+         "micro-batches of 4 rows: 'batch' has size 4, which 8 devices (fsdp=8) cannot share "
+         "evenly; the nearest sizes that they can are 8"),
         (["train", "demo", "--mesh.fsdp", "1", "--mesh.seq", "8", "--seq-len", "100"],
          "rows of 100 tokens: 8 devices (seq=8) share a row in multiples of 16 tokens"),
     ],
