@@ -58,7 +58,9 @@ def completion_prompts(fields: Mapping[str, Any], n: int, served: Served) -> lis
     else:
         raise bad("prompt", "prompt must be a text, a list of token ids, or a list of either")
     if len(given) * n > served.max_answers:
-        raise bad("prompt", f"{len(given)} prompts and n={n}; at most {served.max_answers} answers")
+        param = "prompt" if len(given) > served.max_answers else "n"
+        asked = f"{len(given)} prompts and n={n}" if len(given) > 1 else f"n is {n}"
+        raise bad(param, f"{asked}; at most {served.max_answers} answers")
     return [_prompt(one, served) for one in given]
 
 

@@ -17,7 +17,7 @@ from mmx.config import ModelConfig
 from mmx.convert.bounded import printable
 from mmx.inference.openai_json import ApiError, bad, parse_body
 from mmx.inference.openai_prompts import Served, chat_prompt, completion_prompts
-from mmx.inference.requests import MAX_STOPS, Sampling
+from mmx.inference.requests import MAX_STOPS, BadOption, Sampling
 
 MAX_N = 16
 # Accepted and without any effect on the answer.
@@ -117,7 +117,9 @@ def parse_request(kind: Literal["completion", "chat"], body: bytes, served: Serv
             _check_only(name, fields[name], (n,) if name == "best_of" else allowed)
     stream, token_ids = _flag(fields, "stream"), _flag(fields, "return_token_ids")
     include_usage = _include_usage(fields, stream)
-    options = _sampling_options(fields, served.config)
+    # What the server takes may be less than the model does.
+    config = dataclasses.replace(served.config, max_seq_len=served.max_seq_len)
+    options = _sampling_options(fields, config)
     options["logprobs"] = _logprobs(kind, fields, served.config)
     if kind == "completion":
         prompts, param = completion_prompts(fields, n, served), "prompt"
@@ -180,7 +182,7 @@ def _include_usage(fields: Mapping[str, Any], stream: bool) -> bool:
     if not isinstance(options, dict) or any(
         name not in known or not isinstance(value, bool | None) for name, value in options.items()
     ):
-        raise bad("stream_options", "stream_options must be {'include_usage': true or false}")
+        raise bad("stream_options", 'stream_options must be {"include_usage": true or false}')
     if options and not stream:
         raise bad("stream_options", "stream_options needs stream: true")
     return bool(options.get("include_usage"))
@@ -194,9 +196,11 @@ def _sampling_options(fields: Mapping[str, Any], config: ModelConfig) -> dict[st
             continue
         value: Any = fields[name]
         if name == "stop":
-            value = _stops(value)
+            value = _tuple(name, [value] if isinstance(value, str) else value, "texts, or a text")
         elif name == "stop_token_ids":
-            value = _tuple(value)
+            value = _tuple(name, value, "token ids")
+        elif name == "ignore_eos":
+            value = _flag(fields, name)
         elif name == "logit_bias":
             value = _bias(value)
         if ours in options and ours == "max_new_tokens" and options[ours] != value:
@@ -204,24 +208,23 @@ def _sampling_options(fields: Mapping[str, Any], config: ModelConfig) -> dict[st
         try:
             dataclasses.replace(Sampling(), **{ours: value}).check(config)
         except ValueError as error:
-            raise bad(name, str(error).replace(ours, name, 1)) from None
+            raise _refused(error, ours, name) from None
         options[ours] = value
     return options
 
 
-def _stops(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _tuple(value)
-
-
-def _tuple(value: Any) -> Any:
+def _tuple(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
     """What `Sampling` takes for a list; one too many is enough to be refused."""
-    return tuple(value[: MAX_STOPS + 1]) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        raise bad(name, f"{name} is {_shown(value)}; it must be a list of {wanted}")
+    return tuple(value[: MAX_STOPS + 1])
 
 
 def _bias(value: Any) -> Any:
     """Ids as keys: JSON has texts alone."""
     if not isinstance(value, dict):
-        return value
+        wanted = "an object of token ids and numbers"
+        raise bad("logit_bias", f"logit_bias is {_shown(value)}; it must be {wanted}")
     found = {}
     for key, bias in value.items():
         if not re.fullmatch("[0-9]{1,9}", key):
@@ -243,8 +246,25 @@ def _logprobs(kind: str, fields: Mapping[str, Any], config: ModelConfig) -> int 
     try:
         Sampling(logprobs=value).check(config)
     except ValueError as error:
-        raise bad(name, str(error).replace("logprobs", name, 1)) from None
+        raise _refused(error, "logprobs", name) from None
     return value
+
+
+def _refused(error: ValueError, ours: str, name: str) -> ApiError:
+    """What `Sampling` says, in the words of JSON and of the request."""
+    said = str(error)
+    if isinstance(error, BadOption):
+        said = f"{error.name} is {_shown(error.value)}; it must be {error.wanted}"
+    return bad(name, said.replace(ours, name, 1))
+
+
+def _shown(value: object) -> str:
+    """A value of JSON as one short line: an integer may have more digits than Python writes."""
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):
+        text = "too large to show"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _sampling(
@@ -254,11 +274,13 @@ def _sampling(
     room = served.max_seq_len - prompt.size
     asked = options.get("max_new_tokens", max(room, 1))
     if asked > room:
+        shorter = served.max_seq_len - asked
+        other = f", or for a prompt of {shorter} with as much output" if shorter > 0 else ""
         raise bad(
             param,
             f"a prompt of {prompt.size} tokens and {asked} tokens of output are too many; there is "
-            f"room for {served.max_seq_len} together, and for a prompt of "
-            f"{served.max_seq_len - min(asked, served.max_seq_len)} with as much output",
+            f"room for {served.max_seq_len} together, and for {room} of output after this prompt"
+            f"{other}",
             "context_length_exceeded",
         )
     sampling = Sampling(**{**options, "max_new_tokens": asked})
@@ -266,5 +288,5 @@ def _sampling(
     try:
         dataclasses.replace(sampling, seed=seed).check(served.config)
     except ValueError as error:
-        raise bad("seed", str(error)) from None
+        raise _refused(error, "seed", "seed") from None
     return sampling

@@ -18,6 +18,18 @@ MAX_STOP_LENGTH = 256  # characters of a stop string
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+class BadOption(ValueError):
+    """A field of `Sampling` that is not what it must be; others may say so in words of their own.
+
+    Attributes:
+      name, value, wanted: "name is value; it must be wanted".
+    """
+
+    def __init__(self, name: str, value: object, wanted: str):
+        super().__init__(f"{name} is {_shown(value)}; it must be {wanted}")
+        self.name, self.value, self.wanted = name, value, wanted
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of one request are chosen, and when it ends; `check` before use.
@@ -58,8 +70,8 @@ class Sampling:
         """Refuse what no row can be made of.
 
         Raises:
-          ValueError: a field of the wrong type or out of range; names the field, the value seen and
-            the value wanted.
+          ValueError: a field of the wrong type or out of range (`BadOption`); names the field, the
+            value seen and the value wanted.
         """
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1)
@@ -180,6 +192,12 @@ def check_prompt(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.
     if prompt.ndim != 1 or not prompt.size:
         raise ValueError("the prompt is empty; it needs at least one token")
     if prompt.dtype.kind not in "iu":
+        # Integers that numpy has no type for, alone or together.
+        for token in tokens if all(type(token) is int for token in tokens) else ():
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(
+                    f"the prompt holds the id {_shown(token)}; ids are 0 to {config.vocab_size - 1}"
+                )
         raise ValueError(f"the prompt holds {prompt.dtype}; it must be integer token ids")
     low, high = prompt.min(), prompt.max()
     if low < 0 or high >= config.vocab_size:
@@ -190,7 +208,7 @@ def check_prompt(tokens: Sequence[int] | np.ndarray, config: ModelConfig) -> np.
 
 def _require(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {_shown(value)}; it must be {wanted}")
+        raise BadOption(name, value, wanted)
 
 
 def _integer(name: str, value: Any, low: int, high: int | None) -> None:
@@ -215,6 +233,6 @@ def _shown(value: object) -> str:
     """A value as one short line, whatever it is: an integer of a million digits has no repr."""
     try:
         text = ascii(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else text[:77] + "..."
