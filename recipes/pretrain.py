@@ -160,10 +160,11 @@ PROMPTS = ("def ", "class Test", "The ", "import ")
 def plan_of(recipe: Pretrain, num_sources: int) -> Plan:
     """What to train, as the library wants to know it."""
     micro_batch = recipe.seq_len * recipe.batch_size
-    batches = minimax_batches(micro_batch)
     if recipe.accumulation:
         stages = tuple((seen, count * micro_batch) for seen, count in recipe.accumulation)
         batches = BatchSchedule(micro_batch, stages)
+    else:
+        batches = minimax_batches(micro_batch)
     return Plan(
         config=preset(recipe.model),
         options=StepOptions(
