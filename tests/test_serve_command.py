@@ -136,7 +136,8 @@ def test_a_key_file_that_is_not_there(folder, tmp_path, capsys):
     [("--rows", "0"), ("--queue", "-1"), ("--pages", "0"), ("--page-size", "0"), ("--chunk", "300"),
      ("--chunk", "0"), ("--decode-steps", "0"), ("--snapshots", "-1"), ("--max-seq-len", "0"),
      ("--max-body", "0"), ("--connections", "0"), ("--grace", "-1"), ("--grace", "nan"),
-     ("--grace", "inf")],
+     ("--grace", "inf"), ("--rows", "100000000"), ("--rows", "4097"),
+     ("--pages", "100000000000000000000"), ("--page-size", "99999999999")],
 )  # fmt: skip
 def test_numbers_that_do_not_fit(option, value, folder, capsys):
     assert f"{option} is {value}" in refused(capsys, folder, "--port", "0", option, value)

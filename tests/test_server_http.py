@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import re
 import socket
 import time
 from collections import Counter
@@ -103,6 +104,24 @@ def test_bodies_together_have_a_largest_size(strict):
     # 4 x 60,000 are less than 256 KiB, five are more; those who wait are told that they are late.
     assert seen == {408: 4, 503: 4}
     assert probe(strict)
+
+
+def test_a_head_has_a_largest_size_however_it_comes(strict):
+    start = head("/health", method="GET")
+    most = head("/health", "x: " + "y" * (LIMITS.head - len(start) - 5), method="GET")
+    assert len(most) == LIMITS.head
+    assert raw(strict, most).status == 200
+    far = [head("/health", "x: " + "y" * size, method="GET") for size in (LIMITS.head, 40_000)]
+    far.append(head("/health", *["x: y"] * 4000, method="GET"))
+    for wire in far:
+        answer = quick(lambda wire=wire: raw(strict, wire))
+        assert answer.status == 431
+        assert "its head has more than 16,384 bytes" in answer.json["error"]["message"]
+        with socket.create_connection(("127.0.0.1", strict.port), timeout=20) as both:
+            both.sendall(start + wire + start)  # in one piece with requests around it
+            came = b"".join(iter(lambda both=both: both.recv(1 << 16), b""))
+        assert re.findall(rb"HTTP/1.1 (\d+)", came) == [b"200", b"431"]
+    assert strict.lines == []
 
 
 def test_late_heads_and_bodies_are_told_so(strict):

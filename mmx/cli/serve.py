@@ -29,6 +29,7 @@ _LOCAL = ("127.0.0.1", "::1", "localhost")
 _KEY = 4096  # characters of an API key
 _LEAST = dict(rows=1, queue=0, max_seq_len=1, pages=1, page_size=1, decode_steps=1, snapshots=0,
               max_body=1, connections=1, grace=0)  # fmt: skip
+_MOST = dict(rows=4096, pages=2**31 - 1, page_size=1 << 20)  # pages have 32-bit numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Serve(Precision):
     model_name: str | None = None
     """Name that requests give as `model`; the folder's name by default."""
     rows: int = 8
-    """Sequences that decode together."""
+    """Sequences that decode together; at most 4096."""
     queue: int = 64
     """Requests that may wait beyond these; more are told 429."""
     max_seq_len: int | None = None
@@ -94,6 +95,11 @@ def _check(options: Serve) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    for name, most in _MOST.items():
+        value = getattr(options, name)
+        if value is not None and value > most:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {value}; it must be at most {most}")
     if options.chunk < 256 or options.chunk & (options.chunk - 1):
         raise ValueError(f"--chunk is {options.chunk}; it must be a power of two of at least 256")
 

@@ -85,11 +85,31 @@ def protocol(limits: Limits) -> Callable[..., asyncio.Protocol]:
     return functools.partial(_Bounded, limits)
 
 
+class _Connection(h11.Connection):
+    """One that bounds a head however it comes: h11 alone bounds what it waits for the rest of."""
+
+    def __init__(self, head: int):
+        super().__init__(h11.SERVER, max_incomplete_event_size=head)
+        self._head = head
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is not h11.IDLE:
+            return super().next_event()
+        before = len(self.trailing_data[0])
+        event = super().next_event()
+        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > self._head:
+            raise h11.RemoteProtocolError(
+                f"its head has more than {self._head:,} bytes", error_status_hint=431
+            )
+        return event
+
+
 class _Bounded(H11Protocol):
     """A connection with a clock for what its client owes: a head, the rest, reading."""
 
     def __init__(self, limits: Limits, **options: Any):
         super().__init__(**options)
+        self.conn = _Connection(limits.head)
         self._limits = limits
         self._owes: str | None = None
         self._clock: asyncio.TimerHandle | None = None
