@@ -196,6 +196,7 @@ def test_four_processes_measure_what_one_does(extended, extend, tmp_path):
         check_alike(ours, theirs, rel=rel)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_stop_together(extended, extend, tmp_path):
     """Tokens of every row are split between them, and so are the parameters."""
     folder = tmp_path / "long"
