@@ -34,6 +34,7 @@ from mmx.training.evaluation import HeldOut
 from mmx.training.loop import Result, train
 from mmx.training.placement import rows_of_process
 from mmx.training.plan import Plan
+from mmx.training.run_folder import reserved
 from mmx.training.schedule import BatchSchedule, LearningRate, constant, warm_up
 from mmx.training.step import StepOptions, compute_params
 from recipes import command
@@ -159,9 +160,20 @@ def run(recipe: ExtendContext, peers: Peers | None = None) -> list[dict[str, Any
     Returns:
       What was measured after each stage, also in RUN/extension.json.
     """
-    first = peers is None or peers.is_first
     config = load_config(recipe.from_run)
     weights, partition = _check(recipe, config)
+    with reserved(recipe.run_dir):
+        return _extend(recipe, config, weights, partition, peers)
+
+
+def _extend(
+    recipe: ExtendContext,
+    config: ModelConfig,
+    weights: Sequence[Weights],
+    partition: Partition | None,
+    peers: Peers | None,
+) -> list[dict[str, Any]]:
+    first = peers is None or peers.is_first
     folders = folders_of(recipe)
     by_first(lambda: check_chain(folders, [stage.steps for stage in recipe.stages]))
     config, params = load(recipe.from_run, partition=partition)

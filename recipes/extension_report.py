@@ -11,12 +11,16 @@ def told(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     return (
         ("length", f"{row['seq_len']:,}"),
         ("RoPE base", f"{row['rope_theta']:,.0f}"),
-        ("held-out loss", f"{row['heldout_loss_before']:.3f} -> {row['heldout_loss']:.3f}"),
+        ("held-out loss", f"{_nats(row['heldout_loss_before'])} -> {_nats(row['heldout_loss'])}"),
         ("short text", f"{row['short_loss_before']:.3f} -> {row['short_loss']:.3f}"),
         ("retrieved", f"{sum(needles['exact']) / len(needles['exact']):.0%}"),
         ("by depth", " ".join(f"{share:.0%}" for share in needles["exact"])),
         ("loss of answers", f"{needles['loss']:.3f}"),
     )
+
+
+def _nats(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"
 
 
 def show(run_dir: Path, reports: Sequence[dict[str, Any]]) -> None:

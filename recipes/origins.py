@@ -6,8 +6,8 @@ trained anew, would be reported as one chain.
 
     RUN/STAGE/origin.json    the folder and step begun with, and a digest of the parameters
 
-The digest alone is compared: a base may be moved, copied or converted. Folder and step are for
-people, and the step tells before anything is loaded that a stage has been trained on since.
+The digest alone is compared: a base may be moved, copied or converted without loss. Folder and step
+are for people, and the step tells before anything is loaded that a stage has been trained on since.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from mmx.data.shards import write_atomic
 from mmx.model import Params
 from mmx.training.agreement import by_first, compile_together
 from mmx.training.checkpoint_arrays import description, named
-from mmx.training.folders import complete
+from mmx.training.folders import complete, step_folders
 from mmx.training.runs import CHECKPOINTS, run_config
 
 FILE = "origin.json"
@@ -127,7 +127,12 @@ def check_chain(stages: Sequence[Path], steps: Sequence[int]) -> None:
     for (stage, after), wanted in zip(itertools.pairwise(stages), steps, strict=False):
         if not _steps(after):
             continue
-        began, done = _began(after), max(_steps(stage), default=0)
+        began, (whole, faults) = _began(after), complete(stage / CHECKPOINTS)
+        done = max(whole, default=0)
+        if faults and (done < wanted or done != began.step):
+            raise ValueError(
+                f"{stage}: {list(faults.values())[-1]}; bring the files back, or {_remedy(stage)}"
+            )
         if done < wanted or done != began.step:
             now = f"has {done} of {wanted} steps" if done < wanted else f"is at step {done}"
             raise ValueError(
@@ -137,7 +142,8 @@ def check_chain(stages: Sequence[Path], steps: Sequence[int]) -> None:
 
 
 def _steps(stage: Path) -> list[int]:
-    return complete(stage / CHECKPOINTS)[0]
+    """Those that were saved, damaged ones too: files may be brought back."""
+    return list(step_folders(stage / CHECKPOINTS))
 
 
 def _began(stage: Path) -> Origin:

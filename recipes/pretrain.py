@@ -1,4 +1,4 @@
-"""Pretrain a MiniMax-style model: from text files to a checkpoint that resumes bit for bit.
+"""Pretrain a MiniMax-style model: from text files to a checkpoint that resumes, on CPU bit for bit.
 
     mmx train demo                      three minutes on a laptop, text included
     mmx train 1b --corpus SHARDS        one H200

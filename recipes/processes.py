@@ -59,7 +59,8 @@ def together(asked: Processes, recipe: Any) -> Iterator[Peers | None]:
     except BaseException as error:
         code = 2 if isinstance(error, ValueError | NotImplementedError | OSError) else 1
         # A broken collective is the effect of what the watch is about to report.
-        threading.Event().wait(1.0 if code == 2 else PATIENCE)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait(1.0 if code == 2 else PATIENCE)
         words = " ".join(str(error).split())[:500] or type(error).__name__
         peers.failed(words, code)
         if code == 1:

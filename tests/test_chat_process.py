@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 from test_chat import LOOP, WHOLE, fails, render
+
+from mmx.inference import chat_process
 
 
 def workers():
@@ -43,6 +46,36 @@ def test_a_process_is_kept_and_renders_each_template_in_a_fork():
     assert workers() == kept != set()
     assert render("{% set messages = 3 %}{{ messages }}") == "3"
     assert render(WHOLE).startswith("system:Be brief.;")
+
+
+FORGED = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import chat_worker
+def render(template, variables, most):
+    os.write(4 if template == "pipe" else 1, b"forged\\nforged\\n")
+    return "rendered"
+chat_worker.render = render
+chat_worker.main()
+"""
+
+
+def test_a_fork_answers_its_own_question_and_no_other():
+    """Whatever it writes, and wherever: an answer is one line, and so is the code after it."""
+    ask = {"variables": {}, "most": 10, "memory": 1 << 33, "seconds": 5}
+    questions = [{**ask, "template": template} for template in ("stdout", "pipe", "pipe")]
+    done = subprocess.run(
+        [sys.executable, "-c", FORGED, chat_process._WORKER],
+        input="".join(json.dumps(question) + "\n" for question in questions),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "ready"
+    assert len(lines) == 1 + 2 * len(questions)
+    assert all(code.lstrip("-").isdigit() for code in lines[2::2])
+    assert "forged" not in lines[1]
 
 
 def test_no_process_is_left_behind():

@@ -12,6 +12,7 @@ from process_runs import EXTENSION, TERM, Group, by_hand, free_port
 from mmx.data import tokenizer as bpe
 from mmx.evaluation.needles import needle_accuracy
 from mmx.training.checkpoint import complete_steps
+from mmx.training.run_folder import reserved
 from mmx.training.runs import load_run, run_config
 from recipes import extend_context
 from recipes.extend_context import PRESETS
@@ -129,6 +130,18 @@ def test_stages_of_another_base_are_not_passed_off(pretrained, extended):
         extend_context.run(dataclasses.replace(recipe, from_run=root / "other"))
     assert str(caught.value).startswith(f"{first}: began with {root / 'run'} at step 3 (parameters")
     assert everything(root / "long") == before
+
+
+def test_two_extensions_in_one_folder_are_refused(pretrained):
+    """Before the second notes another base for a stage that the first has no checkpoint of yet."""
+    root, manifest = pretrained
+    recipe = recipe_of(root, manifest, "busy")
+    with (
+        reserved(root / "busy"),
+        pytest.raises(ValueError, match="busy: another run is training in this folder"),
+    ):
+        extend_context.run(recipe)
+    assert list((root / "busy").iterdir()) == []
 
 
 @pytest.mark.parametrize("changed", [{"steps": 6}, {"seq_len": 192}])

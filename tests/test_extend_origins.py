@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmx import integrity
 from recipes.extension_options import ExtendContext, check_options
+from recipes.extension_report import told
 from recipes.origins import FILE, Origin, begin, check_chain, digest
 from recipes.origins import _mixed as mixed
 
@@ -110,6 +111,29 @@ def test_a_stage_goes_on_with_what_it_began_with_alone(tmp_path):
         spoil(stage / FILE)
         with pytest.raises(ValueError, match=r"no readable origin\.json.*another --run-dir"):
             begin(stage, BASE)
+
+
+def test_damaged_checkpoints_are_checkpoints(tmp_path):
+    """Their files may come back; until then nothing is noted anew, and none is to be removed."""
+    stage, after = tmp_path / "stage-1", tmp_path / "stage-2"
+    begin(stage, BASE)
+    trained(stage, 10)
+    begin(after, Origin(str(stage), 10, "c" * 64))
+    trained(after, 4)
+    (stage / "checkpoints" / "00000010" / "data").unlink()
+    with pytest.raises(ValueError, match="began with runs/a"):
+        begin(stage, OTHER)
+    with pytest.raises(ValueError, match=r"stage-1: .*; bring the files back, or choose"):
+        check_chain([stage, after], [10, 10])
+    (stage / "checkpoints" / "00000010" / "data").write_text("x")
+    check_chain([stage, after], [10, 10])
+
+
+def test_a_loss_that_nobody_measured_is_told_as_none():
+    row = dict.fromkeys(("heldout_loss", "short_loss_before", "short_loss"), 4.0)
+    row |= dict(heldout_loss_before=None, seq_len=64, rope_theta=1e4)
+    row |= dict(needles={"exact": [1.0], "loss": 2.0})
+    assert dict(told(row))["held-out loss"] == "- -> 4.000"
 
 
 def test_a_folder_that_cannot_be_made_has_a_remedy(tmp_path):

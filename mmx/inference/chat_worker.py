@@ -95,21 +95,29 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 def main() -> None:
     """Answer questions, each in a fork, until there are no more.
 
-    The fork writes its answer and ends, or is ended; then comes a line with its exit code.
+    The fork answers through a pipe of its own and ends, or is ended; its answer and its exit code
+    are a line each. It has neither our input nor our output, so that nothing of it, whatever it
+    does, can be taken for the answer to another question.
     """
     _write(b"ready\n")
     while line := sys.stdin.buffer.readline():
+        answers, answer = os.pipe()
         process = os.fork()
         if not process:
             try:
-                _answer(json.loads(line))
+                for ours in (0, 1, answers):
+                    os.close(ours)
+                _answer(json.loads(line), answer)
             finally:
                 os._exit(1)
+        os.close(answer)
+        with open(answers, "rb") as pipe:
+            said = pipe.read().replace(b"\n", b" ")
         _, status = os.waitpid(process, 0)
-        _write(b"\n%d\n" % os.waitstatus_to_exitcode(status))
+        _write(b"%s\n%d\n" % (said, os.waitstatus_to_exitcode(status)))
 
 
-def _answer(asked: dict[str, Any]) -> NoReturn:
+def _answer(asked: dict[str, Any], pipe: int) -> NoReturn:
     """Answer one question and end."""
     # Everything that is needed is loaded by now: no file may be written, and few opened.
     for limit, value in [
@@ -117,6 +125,7 @@ def _answer(asked: dict[str, Any]) -> NoReturn:
         (resource.RLIMIT_CPU, asked["seconds"] + 1),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NPROC, 0),
     ]:
         resource.setrlimit(limit, (value, value))
     try:
@@ -127,7 +136,8 @@ def _answer(asked: dict[str, Any]) -> NoReturn:
         answer = {"error": "nested too deep"}
     except Exception as error:  # whatever a template can make Python raise
         answer = {"error": f"{type(error).__name__}: {str(error)[:1000]}", "kind": _kind(error)}
-    _write(json.dumps(answer).encode())
+    with open(pipe, "wb") as answers:
+        answers.write(json.dumps(answer).encode())
     os._exit(0)
 
 

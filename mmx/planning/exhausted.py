@@ -42,7 +42,8 @@ def explained(ask: Callable[[], "Request"]) -> Iterator[None]:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = (str(error).strip() or "no memory").splitlines()[0]
-        raise MemoryExhausted(f"a device has too little memory ({first}){_explain(ask)}") from error
+        who = "this process" if isinstance(error, MemoryError) else "a device"
+        raise MemoryExhausted(f"{who} has too little memory ({first}){_explain(ask)}") from error
 
 
 def _explain(ask: Callable[[], "Request"]) -> str:

@@ -27,17 +27,22 @@ def by_first(action: Callable[[], object]) -> None:
     """Process 0 does something to files that all share, before the others go on.
 
     Raises:
-      OSError: it failed, in every process.
+      OSError, ValueError: it failed, in every process; process 0 has the words.
     """
     problem = None
     if jax.process_index() == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = error
-    number = as_first(problem.errno or -1 if problem is not None else 0)
+    number = 0 if problem is None else getattr(problem, "errno", None) or -1
+    number = as_first(number)
+    if problem is not None:
+        raise problem
+    if number == -1:
+        raise ValueError("process 0 has refused; it says why")
     if number:
-        raise problem or OSError(number, f"process 0: {os.strerror(number)}")
+        raise OSError(number, f"process 0: {os.strerror(number)}")
 
 
 def compile_together(program: Any, *arguments: Any, **options: Any) -> None:

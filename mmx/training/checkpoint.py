@@ -93,6 +93,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._saving: int | None = None
         self._failure: SaveFailed | None = None
+        self._silenced = False
 
     def due(self, step: int) -> bool:
         """Whether `save_every` asks for a save after this many steps."""
@@ -230,6 +231,9 @@ class Checkpoints:
             if self._checkpointer is not None:
                 self._checkpointer.close()
                 self._checkpointer = None
+            if self._silenced:
+                save_errors.restore()
+                self._silenced = False
 
     def __enter__(self) -> Self:
         return self
@@ -246,7 +250,9 @@ class Checkpoints:
         """Copy the arrays to the host and start to write them."""
         by_first(lambda: folders.prepare(self.folder, step))
         if self._checkpointer is None:
-            save_errors.silence()
+            if not self._silenced:
+                save_errors.silence()
+                self._silenced = True
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         items = {item: ocp.args.StandardSave(tree) for item, tree in stored(arrays).items()}
         folder = _folder_of_save(self.folder, step)

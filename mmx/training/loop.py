@@ -8,8 +8,8 @@
     RUN/tensorboard/
 
 A step is a pure function of the step before it and of the data's state, and both are in the
-checkpoint: a run that is killed and started again repeats the steps since its last save, bit for
-bit.
+checkpoint: a run that is killed and started again repeats the steps since its last save, on CPU bit
+for bit.
 """
 
 import json

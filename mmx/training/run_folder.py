@@ -13,6 +13,7 @@ import jax
 from tokenizers import Tokenizer
 
 from mmx.data.shards import Manifest
+from mmx.data.tokenizer import load_tokenizer
 from mmx.training import folders
 from mmx.training.agreement import as_first
 from mmx.training.checkpoint import Checkpoints
@@ -79,7 +80,7 @@ def tokenizer_of(manifest: Manifest) -> tuple[Tokenizer, bytes]:
         raise ValueError(f"{path}: {error.strerror}; {remedy}") from None
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
         raise ValueError(f"{path}: not the tokenizer that the shards were made with; {remedy}")
-    return Tokenizer.from_str(content.decode()), content
+    return load_tokenizer(path), content
 
 
 def loss_before(path: Path) -> float | None:

@@ -8,11 +8,15 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _LONGEST = 120
+_MOMENTS = 10.0  # seconds
+_open: list[None] = []  # one for each caller of `silence`
+_quiet_until = 0.0
 
 
 def cause_of(error: Exception) -> str:
@@ -24,7 +28,8 @@ def cause_of(error: Exception) -> str:
 
 
 def silence() -> None:
-    """Leave unsaid what belongs to failed saves; for good, as the last may come at the very end."""
+    """Leave unsaid what belongs to failed saves, until `restore` is called as often."""
+    _open.append(None)
     for name in ("absl", "asyncio"):
         logger = logging.getLogger(name)
         if _matters not in logger.filters:
@@ -33,7 +38,20 @@ def silence() -> None:
         sys.unraisablehook = _Hook(sys.unraisablehook)
 
 
+def restore() -> None:
+    """The end of a `silence`; what a failed save still has to say comes moments later."""
+    global _quiet_until
+    _open.pop()
+    _quiet_until = time.monotonic() + _MOMENTS
+
+
+def _silent() -> bool:
+    return bool(_open) or time.monotonic() < _quiet_until
+
+
 def _matters(record: logging.LogRecord) -> bool:
+    if not _silent():
+        return True
     # Orbax logs the traceback of a failed save; the caller gets one line, as SaveFailed.
     if record.name == "absl":
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
@@ -47,5 +65,6 @@ class _Hook:
         self.before = before
 
     def __call__(self, said: Any) -> None:
-        if said.exc_type is not RuntimeError or str(said.exc_value) != "Event loop is closed":
+        late = said.exc_type is RuntimeError and str(said.exc_value) == "Event loop is closed"
+        if not (late and _silent()):
             self.before(said)

@@ -42,6 +42,8 @@ def unsupported(
     del page_table, positions
     if return_lse:
         return "return_lse"
+    if key_pages.dtype not in (q.dtype, jnp.float8_e4m3fn):
+        return f"pages of {key_pages.dtype}: they must be {q.dtype} or float8_e4m3fn"
     if key_pages.dtype != q.dtype and q.shape[1] == 1:
         return f"one query a row and pages of {key_pages.dtype}: they would all be cast for it"
     if 0 in q.shape:
