@@ -111,7 +111,8 @@ def die() -> None:
 
 
 def interrupt() -> None:
-    """As Ctrl-C does."""
+    """As Ctrl-C does, also where whoever started the tests ignores it, as a shell's `&` does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
 
 
