@@ -18,7 +18,6 @@ from typing import Any
 
 _WORKER = Path(__file__).with_name("chat_worker.py")
 _KEPT = 4  # processes that may be idle
-_NEEDED = ("LD_LIBRARY_PATH",)  # of the environment, where Python's own library is found by it
 _START = 60.0  # seconds that one may take to be ready: a busy machine needs a few
 _idle: "list[_Worker]" = []
 
@@ -62,7 +61,6 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             process_group=0,
-            env={name: os.environ[name] for name in _NEEDED if name in os.environ},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
