@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mmx.cli.data import gather_repeated
+from mmx.cli.lists import gather_repeated
 from sharding.processes import Processes
 
 

@@ -170,7 +170,7 @@ def test_a_missing_key(tmp_path, capsys):
     assert digests(checkpoints.read_folder(out)) == wanted
     other = "model.layers.3.self_attn.q_proj.weight"
     drop(source, other)
-    allow = ["--allow-missing", key, other]
+    allow = ["--allow-missing", key, "--allow-missing", other]
     orbax = convert(source, tmp_path / "orbax", "--to", "orbax", *allow)
     restored = flat(ocp.StandardCheckpointer().restore(orbax / "params"))
     assert "blocks/layer_1/attention/q_proj" not in restored

@@ -10,7 +10,8 @@ import pytest
 from data_corpora import make_corpus, numbered
 
 from mmx.cli import main
-from mmx.cli.data import Build, gather_repeated
+from mmx.cli.data import Build
+from mmx.cli.lists import gather_repeated
 from mmx.data import corpus
 from mmx.data.batches import Batches
 from mmx.data.corpus import build_corpus, build_default

@@ -21,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from mmx.cli.lists import gather_repeated
 from mmx.convert.memory import parse_size, peak_resident
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Convert:
 
 def main(arguments: Sequence[str]) -> int:
     """Convert, or print the plan."""
-    options = tyro.cli(Convert, prog="mmx convert", args=arguments)
+    given = gather_repeated(Convert, arguments)
+    options = tyro.cli(Convert, prog="mmx convert", args=given)
     max_ram = parse_size(options.max_ram, "--max-ram")
     shard_size = parse_size(options.shard_size, "--shard-size")
     max_header = parse_size(options.max_header, "--max-header")
