@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.inference.decoding import GRAPHS
+from mmx.inference import graphs
 from mmx.nn.quantized import quantized
 from pallas_kernels import expert_mixture, lightning_decode_step, skinny_matmul
 
@@ -161,7 +161,7 @@ def timed(report: Report, setting: Setting, step: Any, carry: Any, layers: Any, 
           bandwidth: float, **about: Any) -> None:  # fmt: skip
     """A row: a layer's share of all of them one after the other, and of its bytes' time."""
 
-    @functools.partial(jax.jit, compiler_options=GRAPHS)
+    @functools.partial(jax.jit, compiler_options=graphs.BETWEEN_CONDITIONALS)
     def run(carry, layers):
         for layer in layers:
             carry = step(carry, layer)

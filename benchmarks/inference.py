@@ -10,6 +10,7 @@
               `prompt` it is summed up from chunks timed on the way, which says 'summed'
     engine    requests through `mmx.Engine`, as many as there are rows, all at once: tokens/s
     prefix    the first token of a prompt that hits a kept prefix beside one that does not
+    fp8       'decode' with keys and values in fp8
     int8      'decode' with int8 weights
     twin      'decode' of a model of the same size whose layers are all softmax
     slice     one superblock of Text-01 at full width: decode and prefill at 1M and 4M tokens
@@ -43,7 +44,14 @@ import numpy as np
 from benchmarks import device_trace, torch_generate
 from benchmarks.inference_setting import Setting, make_setting
 from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
-from benchmarks.random_memory import PAGE, random_params, random_pool, running_rows, step_bytes
+from benchmarks.random_memory import (
+    BF16,
+    PAGE,
+    random_params,
+    random_pool,
+    running_rows,
+    step_bytes,
+)
 from mmx.config import ModelConfig
 from mmx.inference.cache import kv_bytes_per_token
 from mmx.inference.decoding import decode, prefill
@@ -76,7 +84,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def time_decode(
     emit: Emit, setting: Setting, config: ModelConfig, params: Params, part: str,
-    rows: int, context: int,
+    rows: int, context: int, kv_dtype: jnp.dtype = BF16,
 ) -> None:  # fmt: skip
     """One row of the report: a step of the decode program."""
     if rows * context * kv_bytes_per_token(config, 2) > MOST_KV:
@@ -84,7 +92,7 @@ def time_decode(
         return
     ahead = (setting.repeats + 1) * setting.steps
     row_pages = -(-(context + ahead) // PAGE)
-    held = [random_pool(config, rows, rows * row_pages),
+    held = [random_pool(config, rows, rows * row_pages, kv_dtype),
             running_rows(config, rows, row_pages, context)]  # fmt: skip
 
     def run() -> None:
@@ -92,7 +100,7 @@ def time_decode(
         assert bool(chosen.valid.all())
 
     seconds = median_seconds(run, setting.repeats) / setting.steps
-    floor = step_bytes(config, params, rows, context)
+    floor = step_bytes(config, params, rows, context, kv_dtype.itemsize)
     emit(part=part, rows=rows, context=context, ms=1e3 * seconds, tokens_per_s=rows / seconds,
          floor_GB=floor / 1e9, GBs=floor / seconds / 1e9, **peak())  # fmt: skip
 
@@ -108,6 +116,12 @@ def decode_part(emit: Emit, setting: Setting) -> None:
     params = random_params(setting.config)
     for rows, context in setting.decode:
         time_decode(emit, setting, setting.config, params, "decode", rows, context)
+
+
+def fp8_part(emit: Emit, setting: Setting) -> None:
+    params, narrow = random_params(setting.config), jnp.dtype(jnp.float8_e4m3fn)
+    for rows, context in setting.decode:
+        time_decode(emit, setting, setting.config, params, "fp8", rows, context, narrow)
 
 
 def int8_part(emit: Emit, setting: Setting) -> None:
@@ -300,6 +314,7 @@ PARTS = {
     "first": first_part,
     "engine": engine_part,
     "prefix": prefix_part,
+    "fp8": fp8_part,
     "int8": int8_part,
     "twin": twin,
     "slice": slice_part,
@@ -334,7 +349,7 @@ def parse_options() -> argparse.Namespace:
     parser = make_parser(__doc__, PARTS, budget=480)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
-    parser.add_argument("--shapes", help="ROWSxCONTEXT,... of 'decode', 'int8' and 'twin'")
+    parser.add_argument("--shapes", help="ROWSxCONTEXT,... of 'decode' and the like")
     return parse(parser, PARTS)
 
 

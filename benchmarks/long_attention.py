@@ -4,9 +4,10 @@
     python benchmarks/long_attention.py --tiny      the same cuts of XLA's form, on a CPU
 
 L2 does not hold the keys and values of such rows. Each of `halvings` takes the halves of a row as
-rows of their own and the second half's queries to the first half's keys; with `calls_by_heads` each
-key head is a call of its own. `difference` is that of the last tokens' results from those of one
-call, relative. TFLOP/s count the causal half of the matrix: 2 T^2 H D forward, 5 T^2 H D backward.
+rows of their own and the second half's queries to the first half's keys; `calls_by_heads` are for
+one key head each, or for one query head. `difference` is that of the last tokens' results from
+those of one call, relative. TFLOP/s count the causal half of the matrix: 2 T^2 H D forward,
+5 T^2 H D backward.
 """
 
 import argparse
@@ -105,10 +106,26 @@ def backward(setting: Setting, halvings: int, *arrays):
 
 
 def by_heads(calls: int, function, *arrays):
-    """The function for some of the heads at a time."""
-    pieces = zip(*(jnp.split(x, calls, axis=2) for x in arrays), strict=True)
+    """The function for some of the heads at a time; for fewer than share a key head, too."""
+    pieces = zip(*(_heads_of_calls(x, calls) for x in arrays), strict=True)
     results = zip(*(function(*piece) for piece in pieces), strict=True)
     return tuple(jnp.concatenate(x, axis=2) for x in results)
+
+
+def _heads_of_calls(x, calls: int):
+    """Those of each call; a head of which there are fewer than calls is in several."""
+    shared = max(1, calls // x.shape[2])
+    return [part for part in jnp.split(x, calls // shared, axis=2) for _ in range(shared)]
+
+
+def key_heads(results, kv_heads: int):
+    """With the gradients of the calls that had the same key head added up."""
+
+    def add(x):
+        parts = x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
+        return jnp.sum(parts, axis=3, dtype=jnp.float32).astype(x.dtype)
+
+    return results[0], *map(add, results[1:])
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -119,9 +136,11 @@ def measure(report: Report, setting: Setting) -> None:
     first = {}
 
     def one(name, function, products, arrays, halvings: int, calls: int) -> None:
-        run = jax.jit(
-            functools.partial(by_heads, calls, functools.partial(function, setting, halvings))
-        )
+        def called(*arrays):
+            results = by_heads(calls, functools.partial(function, setting, halvings), *arrays)
+            return key_heads(results, kv_heads) if name == "backward" else results
+
+        run = jax.jit(called)
         last = [x[:, -length // 64 :] for x in run(*arrays)]
         errors = map(relative, last, first.setdefault(name, last))
         ms = milliseconds(run, *arrays, batch_ms=setting.batch_ms)
@@ -129,7 +148,7 @@ def measure(report: Report, setting: Setting) -> None:
         report.add(what=name, length=length, heads=heads, kv_heads=kv_heads, halvings=halvings,
                    calls_by_heads=calls, difference=max(errors), ms=ms, tflops=tflops)  # fmt: skip
 
-    for calls in (1, kv_heads):
+    for calls in (1, kv_heads, heads):
         for halvings in (0, 1, 2):
             for case in cases:
                 name = f"{case[0]}, {halvings} halvings, {calls} calls"

@@ -72,7 +72,7 @@ class Setting:
       page_dtype: of keys and values.
       lengths: keys of each row of a decode step, by name.
       chunk, starts: of prefill.
-      fp8: which of the cases pages of fp8 are read in, and by which kernels.
+      fp8: which of the cases pages of fp8 are read in.
       layer_bytes: of keys and values that the layers of one program read together, at least.
       kernels: implementations of decode and prefill.
       xla: which of the cases the XLA form is timed on.
@@ -100,7 +100,6 @@ class Setting:
     layer_bytes: int = 256 * MI
     kernels: tuple[str, str] = ("pallas_gpu", "cudnn")
     fp8: tuple[str, ...] = ("1 x 32K", "1 x 1M", "1 x 4M", "64 x 4K", "64 x 32K", "32768")
-    fp8_kernels: tuple[str, str] = ("pallas_gpu_fp8", "cudnn")
     xla: tuple[str, ...] = ("1 x 1K", "1 x 32K", "64 x 4K", "0", "32768")
     checks: tuple[tuple[Any, ...], ...] = CHECKS
     floors: bool = True
@@ -119,7 +118,6 @@ TINY = Setting(
     layer_bytes=64 * KI,
     kernels=("xla", "xla"),
     fp8=("3 x 4 and 500", "100"),
-    fp8_kernels=("xla", "xla"),
     xla=("100",),
     checks=(
         ("decode", 0, [[-1], [0], [63], [64], [700]], 4, 2, 16, 16),
@@ -192,7 +190,7 @@ def check(report: Report, setting: Setting) -> None:
     for name, which, *numbers in setting.checks:
         kernel = setting.kernels[which]
         report.attempt(name, functools.partial(check_one, report, name, kernel, *numbers))
-        kernel, dim = setting.fp8_kernels[which], numbers[3]
+        dim = numbers[3]
         if kernel == "xla" or dim % 64 == 0:
             narrow = (f"fp8: {name}", kernel, *numbers, jnp.float8_e4m3fn)
             report.attempt(narrow[0], functools.partial(check_one, report, *narrow))
@@ -295,7 +293,7 @@ def only(setting: Setting, cases: tuple[str, ...], **changes: Any) -> Setting:
 
 
 def fp8(report: Report, setting: Setting) -> None:
-    for kernels in dict.fromkeys((setting.fp8_kernels, ("xla", "xla"))):
+    for kernels in dict.fromkeys((setting.kernels, ("xla", "xla"))):
         narrow = only(setting, setting.fp8, kernels=kernels, page_dtype=jnp.float8_e4m3fn)
         decode(report, narrow)
         prefill(report, narrow)

@@ -14,8 +14,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"mmx": "#1f6f8b", "int8": "#57a773", "all softmax": "#c9ada7", "floor": "#222222"}
-PARTS = {"decode": "mmx", "int8": "int8", "twin": "all softmax"}
+COLOURS = {
+    "mmx": "#1f6f8b",
+    "int8": "#57a773",
+    "fp8 keys and values": "#e08e45",
+    "all softmax": "#c9ada7",
+    "floor": "#222222",
+}
+PARTS = {"decode": "mmx", "fp8": "fp8 keys and values", "int8": "int8", "twin": "all softmax"}
 Series = dict[str, list[tuple[float, float]]]
 
 

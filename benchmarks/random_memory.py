@@ -18,6 +18,7 @@ from mmx.model import Params, param_specs
 PAGE = 256
 
 
+BF16 = jnp.dtype(jnp.bfloat16)
 AT_ONCE = 1 << 26  # numbers whose fp32 form there is room for
 
 
@@ -45,7 +46,7 @@ def random_params(config: ModelConfig) -> Params:
     return jax.tree.unflatten(tree, jax.block_until_ready(leaves))
 
 
-def random_pool(config: ModelConfig, rows: int, pages: int) -> Pool:
+def random_pool(config: ModelConfig, rows: int, pages: int, kv_dtype: jnp.dtype = BF16) -> Pool:
     """Pages and states of the size they have."""
     states = jax.eval_shape(lambda: empty_states(config, rows)).shape
     softmax = config.layer_kinds.count("softmax")
@@ -53,8 +54,7 @@ def random_pool(config: ModelConfig, rows: int, pages: int) -> Pool:
     keys = jax.random.split(jax.random.key(1), 3)
     return Pool(
         _random(keys[0], states, jnp.float32, 1.0),
-        _random(keys[1], kv, jnp.bfloat16, 1.0),
-        _random(keys[2], kv, jnp.bfloat16, 1.0),
+        *(_random(key, kv, kv_dtype, 1.0) for key in keys[1:]),
     )
 
 
@@ -71,7 +71,9 @@ def running_rows(config: ModelConfig, rows: int, row_pages: int, context: int) -
     )
 
 
-def step_bytes(config: ModelConfig, params: Params, rows: int, context: int) -> float:
+def step_bytes(
+    config: ModelConfig, params: Params, rows: int, context: int, kv_bytes: int = 2
+) -> float:
     """Bytes that a decode step cannot do without."""
     dense = experts = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -83,5 +85,5 @@ def step_bytes(config: ModelConfig, params: Params, rows: int, context: int) -> 
         else:
             dense += leaf.nbytes
     chosen = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** rows
-    kv = rows * context * kv_bytes_per_token(config, 2)
+    kv = rows * context * kv_bytes_per_token(config, kv_bytes)
     return dense + experts * chosen + kv + 2 * rows * state_bytes(config)

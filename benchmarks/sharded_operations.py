@@ -16,7 +16,10 @@ from benchmarks.parts import Emit, short
 from benchmarks.sharded_setting import DEVICES, MESHES, Setting, partition_over, trace
 from benchmarks.train_memory import GIGA, compiled_GB, device_limit
 from mmx.config import decay_slopes
+from mmx.nn import layers
 from mmx.nn.functional import project_groups, swiglu
+from mmx.nn.lightning import LightningAttention
+from mmx.nn.sequence import Sequence
 from sharding import MeshConfig, Partition, rules
 from sharding.attention import lightning_attention, softmax_attention
 from sharding.experts import mixture
@@ -27,7 +30,7 @@ Sharding = NamedSharding | SingleDeviceSharding
 # ---------------------------------------------------------------- arrays, made where they belong
 
 
-def fill(shape: tuple[int, ...], seed: int, sharding: Sharding, std: float = 0.3) -> jax.Array:
+def fill(shape: tuple[int, ...], sharding: Sharding, seed: int, std: float = 0.3) -> jax.Array:
     """Even bf16 noise by hashing the place of each number: no state, and nothing beside it."""
 
     def make():
@@ -52,6 +55,7 @@ def samples(results: Any) -> list[np.ndarray]:
     """Some of each result, along its second axis; nothing is gathered on a device."""
 
     def some(x: jax.Array) -> np.ndarray:
+        x = x[None] if x.ndim == 1 else x
         step = max(1, x.shape[1] // 64)
         parts = {s.index[1].start or 0: s.data for s in x.addressable_shards}
         found = [
@@ -110,7 +114,7 @@ def row_arrays(shapes: list[tuple[int, ...]], where: Partition | None, shape_onl
     placed = [(shape, row_sharding(where, ROWS, shape)) for shape in shapes]
     if shape_only:
         return [abstract(shape, sharding) for shape, sharding in placed]
-    return [fill(shape, 1 + i, sharding) for i, (shape, sharding) in enumerate(placed)]
+    return [fill(shape, sharding, 1 + i) for i, (shape, sharding) in enumerate(placed)]
 
 
 def lasp(emit: Emit, setting: Setting) -> None:
@@ -156,6 +160,56 @@ def fitting(
         if compiled_GB(program) < 0.98 * device_limit() / GIGA:
             break
     return heads, shapes
+
+
+def layer(emit: Emit, setting: Setting) -> None:
+    """A whole lightning layer of the model: projections, attention, norm and gate."""
+    partition = partition_over(MeshConfig(fsdp=1, seq=DEVICES), rules.EXPERT)
+    config, length = setting.config, setting.lasp_length
+    module, slopes = LightningAttention(config), decay_slopes(config)[0]
+    index = np.arange(length, dtype=np.int32)[None]
+    one_row = Sequence(np.ones_like(index), index, continues=None, packed=False)
+
+    def arguments(backward: bool, where: Partition | None, shape_only: bool) -> list:
+        specs, tree = jax.tree.flatten(layers.specs(module))
+        wide = (1, length, config.embed_dim)
+        arrays = [(spec.shape, spec.axes, spec.std) for spec in specs]
+        arrays += [(wide, ("batch", "seq", None), 1.0)] * (1 + backward)
+        made = []
+        for seed, (shape, axes, std) in enumerate(arrays):
+            place = row_sharding(where, axes, shape)
+            if shape_only:
+                made.append(abstract(shape, place))
+            elif std:
+                made.append(fill(shape, place, seed, std))
+            else:
+                made.append(jnp.ones(shape, jnp.bfloat16, device=place))
+        return [jax.tree.unflatten(tree, made[: len(specs)]), *made[len(specs) :]]
+
+    def make(backward: bool, where: Partition | None) -> Callable[..., Any]:
+        def forward(params, x):
+            return layers.bind(module, params)(
+                x, one_row, jnp.asarray(slopes), None, implementation=None, partition=where
+            )
+
+        def both(params, x, grad):
+            out, pull, state = jax.vjp(forward, params, x, has_aux=True)
+            return out, state, pull(grad)
+
+        return both if backward else forward
+
+    for backward in (False, True):
+        compare_two(
+            emit,
+            "layer",
+            functools.partial(make, backward),
+            functools.partial(arguments, backward),
+            partition,
+            what="both" if backward else "forward",
+            length=length,
+            heads=config.num_heads,
+            embed=config.embed_dim,
+        )
 
 
 def ring(emit: Emit, setting: Setting) -> None:
@@ -242,10 +296,10 @@ def moe(emit: Emit, setting: Setting) -> None:
         params = {}
         for seed, (name, names) in enumerate(axes.items()):
             of = tuple(sizes[axis] for axis in names)
-            params[name] = fill(of, seed, row_sharding(where, names, of), std=of[1] ** -0.5)
+            params[name] = fill(of, row_sharding(where, names, of), seed, std=of[1] ** -0.5)
         wide = (devices, count, config.embed_dim)
         place = row_sharding(where, ("batch", "seq", None), wide)
-        x, grad = (fill(wide, 10 + i, place, std=1.0) for i in range(2))
+        x, grad = (fill(wide, place, 10 + i, std=1.0) for i in range(2))
         routing = put(np.full(shape, 0.5, np.float32)), put(chosen), put(np.ones(shape[:2], bool))
         return milliseconds(jax.jit(both), params, x, grad, *routing)
 

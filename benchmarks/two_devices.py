@@ -4,6 +4,7 @@
     python benchmarks/two_devices.py --smoke      everything, tiny, on two CPU devices
 
     lasp    lightning attention with the heads of Text-01, 1M tokens of one row split in two
+    layer   a whole lightning layer of bench-4b with a row of 1M tokens
     one     a training step of bench-4b on one device: what the next ones are compared to
     fsdp    the same with twice the rows, parameters and optimizer spread over both devices
     expert  the same, half of the experts on each device
@@ -16,11 +17,11 @@ Each part is a process of its own, so that it finds the memory of the devices em
 the runtime is its own. `times` is the time of one device over that of two for the same work, or the
 tokens a second of two over those of one. On one device operations take their ordinary path. Of
 attention, `out` is forward with its output alone, `forward` with the final state as well, which a
-layer in training reports. `error` is the relative difference of two devices' results from one's, or
-of the first loss, the second device's rows being those of the first. `peak` has bytes of one device
-as planned, as compiled and as the runtime saw them, and the FLOPs planned over the count of
-`mmx.training.flops`. `--trace DIR` profiles a step of fsdp, one of expert and a pass of lasp, keeps
-that there and reads it.
+layer in training reports, and `both` with the backward pass. `error` is the relative difference of
+two devices' results from one's, or of the first loss, the second device's rows being those of the
+first. `peak` has bytes of one device as planned, as compiled and as the runtime saw them, and the
+FLOPs planned over the count of `mmx.training.flops`. `--trace DIR` profiles a step of fsdp, one of
+expert and a pass of lasp, keeps that there and reads it.
 """
 
 import argparse
@@ -38,12 +39,13 @@ import jax
 
 import mmx
 from benchmarks.parts import Emit, make_parser, memory_variables, parse, run_here, run_in_process
-from benchmarks.sharded_operations import lasp, moe, ring
+from benchmarks.sharded_operations import lasp, layer, moe, ring
 from benchmarks.sharded_setting import DEVICES, MESHES, Setting
 from benchmarks.sharded_steps import plan, train
 
 PARTS: dict[str, Callable[[Emit, Setting], None]] = {
     "lasp": lasp,
+    "layer": layer,
     "one": functools.partial(train, name="one"),
     "fsdp": functools.partial(train, name="fsdp"),
     "expert": functools.partial(train, name="expert"),

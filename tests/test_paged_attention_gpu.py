@@ -27,12 +27,10 @@ def interpreted(monkeypatch):
 
 
 FP8 = dict(dtype=jnp.bfloat16, page_dtype=jnp.float8_e4m3fn)
-KERNELS = {jnp.dtype(jnp.bfloat16): "pallas_gpu", jnp.dtype(jnp.float8_e4m3fn): "pallas_gpu_fp8"}
 
 
 def decode(q, keys, values, table, positions):
-    kernel = KERNELS[keys.dtype]
-    return attend(q, keys, values, table, positions, implementation=kernel)
+    return attend(q, keys, values, table, positions, implementation="pallas_gpu")
 
 
 def check_decode(arrays, positions, capsys):
@@ -174,7 +172,7 @@ def test_other_shapes_lower_for_cuda():
         (1, 9, dict(), (9, 0), "cudnn"),
         (1, 8192, dict(), (9, 0), "cudnn"),
         (1, 8192, FP8, (9, 0), "cudnn"),
-        (64, 1, FP8, (9, 0), "xla"),
+        (64, 1, FP8, (9, 0), "pallas_gpu"),
         (64, 1, dict(), (8, 0), "cudnn"),
         (64, 1, dict(dtype=jnp.float32), (9, 0), "xla"),
         (64, 1, dict(), None, "xla"),
@@ -196,23 +194,18 @@ def test_the_choice(rows, queries, types, capability, name, monkeypatch):
         (dict(queries=17), "17 queries of 4 heads a key head: at most 64 together"),
         (dict(slots=48), "pages of 48 slots: they must be 16, 32 or a multiple of 64"),
         (dict(dim=24), "head size 24: it must be a multiple of 32 and at most 256"),
-        (FP8, "pages of float8_e4m3fn: they must be bfloat16"),
-        (dict(implementation="pallas_gpu_fp8"), "pages of bfloat16: they must be float8_e4m3fn"),
-        (
-            dict(FP8, dim=96, implementation="pallas_gpu_fp8"),
-            "head size 96: it must be a multiple of 64 and at most 256",
-        ),
+        (dict(FP8, dim=96), "head size 96: it must be a multiple of 64 and at most 256"),
     ],
 )
 def test_refusals(change, reason, monkeypatch):
     change = dict(change)
     if change:
         monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
-    dim, kernel = change.pop("dim", 128), change.pop("implementation", "pallas_gpu")
+    dim = change.pop("dim", 128)
     *arrays, table, positions = arguments(
         MODELS["bench-4b"], 1, change.pop("queries", 1), 480, change.pop("slots", 16), **change
     )
     arrays = [SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays]
     arrays = [jnp.zeros(x.shape, x.dtype) for x in (*arrays, table, positions)]
     with pytest.raises(NotImplementedError, match=reason):
-        paged_attention(*arrays, implementation=kernel)
+        paged_attention(*arrays, implementation="pallas_gpu")

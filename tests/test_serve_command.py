@@ -197,7 +197,7 @@ def test_nothing_is_compiled_after_the_warm_up():
     assert it.idle
     assert len(it.snapshots) == it.snapshots.hits == it.snapshots.saved_tokens == 0
     assert it.pages.free == it.pages.count
-    programs = (decoding.prefill, decoding.decode, engine.choose_first, engine.set_row)
+    programs = (decoding.prefill, decoding.decode, engine.begin_row, engine.set_row)
     before = [program._cache_size() for program in programs]
     began = time.perf_counter()
     for size in (1, 32, 33, 64, 100, 128, 200):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmx.config import ModelConfig
+from mmx.inference import graphs
 from mmx.inference.pool import Pool, spread
 from mmx.inference.rows import Chosen, Rows, choose, nothing_chosen
 from mmx.model import Params, param_specs, trunk, unembed
@@ -18,16 +19,6 @@ from mmx.nn.quantized import axes_of
 from mmx.nn.sequence import Sequence
 from sharding import Partition, constrain, named
 
-# A step is some hundreds of kernels of a few microseconds. On a GPU, where a launch takes as long,
-# the loop over the layers goes into CUDA graphs with the rest; other backends ignore the options.
-# No conditionals, with which a step is slower by 0.1 of 1.5 ms; and no unrolled loops: jaxlib
-# 0.11.2 fails to record one that has a loop inside, as the XLA forms of operations have.
-_GRAPHED = "FUSION CUBLAS CUBLASLT CUDNN CUSTOM_CALL DYNAMIC_SLICE_FUSION WHILE"
-GRAPHS = {
-    "xla_gpu_enable_command_buffer": _GRAPHED.replace(" ", ","),
-    "xla_gpu_command_buffer_unroll_loops": False,
-    "xla_gpu_graph_min_graph_size": 2,
-}
 PADDED = (32, 64, 128, 256)  # lengths to which the last chunk of a prompt is padded
 
 
@@ -66,6 +57,7 @@ def param_axes(params: Params, config: ModelConfig) -> Any:
     jax.jit,
     static_argnames=("config", "implementation", "partition"),
     donate_argnames=("pool",),
+    compiler_options=graphs.WHOLE,
 )
 def prefill(
     params: Params,
@@ -117,7 +109,7 @@ def prefill(
     jax.jit,
     static_argnames=("config", "steps", "implementation", "partition"),
     donate_argnames=("pool", "rows"),
-    compiler_options=GRAPHS,
+    compiler_options=graphs.BETWEEN_CONDITIONALS,
 )
 def decode(
     params: Params,

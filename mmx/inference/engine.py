@@ -7,6 +7,7 @@ of pages, kept prefixes go first; then the youngest row is moved to the host wit
 bit, and comes back before anybody new.
 """
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from mmx.inference.requests import Event, FinishReason, Result, Sampling, check_
 from mmx.inference.rows import (
     MAX_STOP_IDS,
     Chosen,
-    choose_first,
+    begin_row,
     deactivate,
     empty_rows,
     new_row,
@@ -294,12 +295,8 @@ class Engine:
                     continue
                 self._send_away(self._at_work[-1])
             if request.decodes and len(request.pages) > had:
-                self.rows = set_pages(self.rows, request.row, self._page_row(request))
-
-    def _page_row(self, request: Live) -> np.ndarray:
-        row = np.zeros(self.row_pages, np.int32)
-        row[: len(request.pages)] = request.pages
-        return row
+                page_row = request.page_row(self.row_pages)
+                self.rows = set_pages(self.rows, request.row, page_row)
 
     def _send_away(self, request: Live) -> None:
         """Copy a row's memory to the host and give up row and pages."""
@@ -324,8 +321,8 @@ class Engine:
         pages[:held] = request.pages[:held]
         memory = with_pages(request.memory, self.row_pages)
         self.pool = put_back(self.pool, memory, np.int32(request.row), pages)
-        self.rows = set_row(self.rows, request.row, request.place)
-        self.rows = set_pages(self.rows, request.row, self._page_row(request))
+        place = dataclasses.replace(request.place, page_table=request.page_row(self.row_pages))
+        self.rows = set_row(self.rows, request.row, place)
         request.memory = request.place = None
         request.state = "running"
 
@@ -355,16 +352,15 @@ class Engine:
         tokens[:count] = request.prompt[request.read : request.read + count]
         self.pool, logits = prefill(
             self.params, self.pool, tokens, np.int32(count), np.int32(request.row),
-            self._page_row(request), np.int32(request.read), **self._how,
+            request.page_row(self.row_pages), np.int32(request.read), **self._how,
         )  # fmt: skip
         request.read += count
         self.snapshots.keep(self.pool, request.row, request.prompt, request.read, request.pages)
         if request.read < request.prompt.size:
             return
-        row = new_row(request.prompt, request.sampling, self.config, self.row_pages)
-        row, chosen = choose_first(row, logits)
-        self.rows = set_row(self.rows, request.row, row)
-        self.rows = set_pages(self.rows, request.row, self._page_row(request))
+        page_row = request.page_row(self.row_pages)
+        row = new_row(request.prompt, request.sampling, self.config, page_row)
+        self.rows, chosen = begin_row(self.rows, request.row, row, logits)
         request.state, request.issued = "running", 1
         self._under_way.append(([(request, 0)], chosen))
 

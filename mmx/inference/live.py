@@ -62,6 +62,12 @@ class Live:
         """Tokens it can come to, prompt and output."""
         return self.prompt.size + self.sampling.max_new_tokens
 
+    def page_row(self, length: int) -> np.ndarray:
+        """Its entry of a page table with so many columns."""
+        row = np.zeros(length, np.int32)
+        row[: len(self.pages)] = self.pages
+        return row
+
     def event(self, chosen: Chosen, step: int, column: int) -> Event:
         """The token of a step and column, and whether it ends the request."""
         token = int(chosen.tokens[step, column])

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmx.config import ModelConfig
+from mmx.inference import graphs
 from mmx.inference.requests import MAX_LOGPROBS, Sampling
 from mmx.inference.sampling import SamplingRows, sample_rows, sampling_rows, top_logprobs
 
@@ -128,7 +129,9 @@ def empty_rows(config: ModelConfig, rows: int, row_pages: int) -> Rows:
     )
 
 
-def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pages: int) -> Rows:
+def new_row(
+    prompt: np.ndarray, sampling: Sampling, config: ModelConfig, page_row: Int[np.ndarray, "N"]
+) -> Rows:
     """A batch of one row: a request whose prompt was read and that has chosen nothing."""
     stops = np.full((1, MAX_STOP_IDS), -1, np.int32)
     ends = sampling.end_ids(config)
@@ -143,7 +146,7 @@ def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pag
         generated=np.zeros(1, np.int32),
         limits=np.array([sampling.max_new_tokens], np.int32),
         stop_ids=stops,
-        page_table=np.zeros((1, row_pages), np.int32),
+        page_table=page_row[None],
         sampling=sampling_rows([sampling]),
         seen=seen,
         wants_top=np.array([bool(sampling.logprobs)]),
@@ -151,11 +154,17 @@ def new_row(prompt: np.ndarray, sampling: Sampling, config: ModelConfig, row_pag
     return Rows(**fields)
 
 
-@jax.jit
-def choose_first(row: Rows, logits: Float[Array, "vocab"]) -> tuple[Rows, Chosen]:
-    """`choose` for one row, taken off its batch; what was chosen is one step of one row."""
+@functools.partial(jax.jit, donate_argnames="rows", compiler_options=graphs.WHOLE)
+def begin_row(
+    rows: Rows, number: int, row: Rows, logits: Float[Array, "vocab"]
+) -> tuple[Rows, Chosen]:
+    """The batch with a batch of one at this number, after the choice of its first token.
+
+    What was chosen is one step of one row.
+    """
     after, chosen = choose(row, logits[None])
-    return jax.tree.map(lambda x: x[0], after), jax.tree.map(lambda x: x[None], chosen)
+    rows = jax.tree.map(lambda batch, one: batch.at[number].set(one[0]), rows, after)
+    return rows, jax.tree.map(lambda x: x[None], chosen)
 
 
 @functools.partial(jax.jit, donate_argnames="rows")

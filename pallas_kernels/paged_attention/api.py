@@ -15,12 +15,6 @@ IMPLEMENTATIONS = (
     dispatch.Implementation(
         "pallas_gpu", gpu_decode.paged_attention, unsupported=gpu_decode.unsupported
     ),
-    dispatch.Implementation(
-        "pallas_gpu_fp8",
-        gpu_decode.paged_attention,
-        unsupported=gpu_decode.unsupported_fp8,
-        automatic=False,  # not yet run on a GPU
-    ),
     dispatch.Implementation("cudnn", gpu_cudnn.paged_attention, unsupported=gpu_cudnn.unsupported),
     dispatch.Implementation("xla", xla.paged_attention),
     dispatch.Implementation("reference", reference.paged_attention, automatic=False),
@@ -59,9 +53,8 @@ def paged_attention(
       positions: int32, positions of the queries, below N * S (a greater one sees all N * S keys),
         in any order; below 0 is padding, which gives exactly 0.
       scale: 1/sqrt(K) when None.
-      implementation: 'pallas_gpu' (Hopper; few queries a row), 'pallas_gpu_fp8' (the same, pages of
-        fp8; None does not choose it yet), 'cudnn' (NVIDIA; many), 'xla', 'reference' (dense), or
-        None for the best that takes these arguments.
+      implementation: 'pallas_gpu' (Hopper; few queries a row), 'cudnn' (NVIDIA; many), 'xla',
+        'reference' (dense), or None for the best that takes these arguments.
       return_lse: also return log sum_s exp(scale q_t . k_s), for merging with other keys.
 
     Returns:
