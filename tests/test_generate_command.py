@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import jax
 import pytest
 import rich.console
 from serving import TOKENIZER
@@ -192,6 +193,50 @@ def test_fp8_is_asked_of_the_engine(run, monkeypatch):
     monkeypatch.setattr("mmx.inference.engine.Engine", engine)
     assert run("--prompt", "a", "--kv-dtype", "fp8")[2] == "mmx: error: kv_dtype=float8_e4m3fn\n"
     assert run("--prompt", "a")[2] == "mmx: error: kv_dtype=None\n"
+
+
+def test_over_devices_the_text_is_the_same(tmp_path, monkeypatch, capsys):
+    folder, made = write_model(tmp_path / "model", num_local_experts=4), []
+    init = Engine.__init__
+
+    def watched(self, *arguments, **options):
+        init(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
+    call = ["generate", str(folder), "--prompt", LONG, "--max-new-tokens", "12"]
+    assert main(call) == 0
+    wanted = capsys.readouterr()
+    assert main([*call, "--mesh", "expert=2,seq=2"]) == 0
+    assert capsys.readouterr() == wanted
+    alone, engine = made
+    assert alone.partition is None
+    assert dict(engine.partition.mesh.shape) == dict(data=1, fsdp=1, expert=2, seq=2, tensor=1)
+    for whole in jax.tree.leaves(engine.pool):
+        shares = 2 if whole is engine.pool.lightning_states else 4  # of heads, and of pages
+        assert shares * whole.addressable_shards[0].data.size == whole.size
+    halves = [
+        x for x in jax.tree.leaves(engine.params) if x.sharding.shard_shape(x.shape) != x.shape
+    ]
+    assert len(halves) > 5
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("expert=2", "are 1 or 3"),
+        ("expert=2,data=2", "so data and fsdp are 1; give expert, seq and tensor"),
+        ("fsdp=2", "so data and fsdp are 1"),
+        ("tensor=2,seq=64", "takes 128 devices and there are 8"),
+        ("experts=2", "'experts' is no axis of data, fsdp, expert, seq, tensor"),
+        ("expert", "'expert' is not AXIS=NUMBER"),
+    ],
+)
+def test_meshes_that_are_refused(run, monkeypatch, mesh, said):
+    monkeypatch.setattr(mmx, "load", lambda *a, **o: pytest.fail("it was loaded"))
+    code, out, err = run("--prompt", "a", "--mesh", mesh)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
 
 
 # ---------------------------------------------------------------- how it ends

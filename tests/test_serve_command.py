@@ -162,7 +162,7 @@ def started(monkeypatch):
     from mmx.inference import server
 
     monkeypatch.setattr(server, "serve", instead)
-    monkeypatch.setattr(serve, "load_model", lambda path, options: (None, None))
+    monkeypatch.setattr(serve, "load_model", lambda *arguments: (None, None))
     monkeypatch.setattr(serve, "check_memory", lambda *arguments, **options: None)
     monkeypatch.setattr(serve, "_warm_up", lambda engine: None)
     fake = SimpleNamespace(max_seq_len=99)

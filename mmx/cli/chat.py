@@ -13,13 +13,14 @@ import tyro
 from mmx.cli.models import (
     PAGE,
     Choices,
-    Precision,
+    Loading,
     Room,
     check_memory,
     kv_dtype_of,
     load_model,
     memory_explained,
     note,
+    partition_of,
     sampling_of,
     show,
 )
@@ -32,7 +33,7 @@ _SNAPSHOTS = 4  # prefixes of the conversation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(Precision, Choices):
+class Chat(Loading, Choices):
     """Talk with a checkpoint: a message a line, the answer as it comes. /help names commands."""
 
     path: tyro.conf.Positional[Path]
@@ -89,10 +90,11 @@ def _open(options: Chat) -> "Conversation":
         1, -(-longest // PAGE), PAGE, longest, chunk, decode_steps=4, snapshots=_SNAPSHOTS,
         kv_dtype=kv_dtype_of(options),
     )  # fmt: skip
-    with memory_explained(options.path, config, options, room):
-        config, params = load_model(options.path, options)
-        check_memory(config, params, room)
-        engine = room.engine(config, params, tokenizer=tokenizer)
+    partition = partition_of(options, config)
+    with memory_explained(options.path, config, options, room, partition):
+        config, params = load_model(options.path, options, partition)
+        check_memory(config, params, room, partition)
+        engine = room.engine(config, params, tokenizer=tokenizer, partition=partition)
     return Conversation(engine, template, sampling, options.system)
 
 
@@ -118,7 +120,10 @@ def _answer(conversation: "Conversation", message: str) -> None:
 
     def running():
         engine = conversation.engine
-        return of_engine(engine.config, engine.params, rows=1, tokens=engine.max_seq_len)
+        return of_engine(
+            engine.config, engine.params, rows=1, tokens=engine.max_seq_len,
+            partition=engine.partition,
+        )  # fmt: skip
 
     with _interrupts() as seen:
         try:

@@ -11,12 +11,13 @@ import tyro
 from mmx.cli.models import (
     PAGE,
     Choices,
-    Precision,
+    Loading,
     Room,
     check_memory,
     kv_dtype_of,
     load_model,
     memory_explained,
+    partition_of,
     sampling_of,
     show,
 )
@@ -34,7 +35,7 @@ _SHORT = 1024  # up to here chunks of 256 cost little, and need the fewest progr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Precision, Choices):
+class Generate(Loading, Choices):
     """Continue a prompt with a checkpoint: text to stdout as it comes, all else to stderr."""
 
     path: tyro.conf.Positional[Path]
@@ -82,10 +83,11 @@ def main(arguments: Sequence[str]) -> int:
         1, pages, PAGE, pages * PAGE, chunk, decode_steps=4, snapshots=0,
         kv_dtype=kv_dtype_of(options),
     )  # fmt: skip
-    with memory_explained(options.path, config, options, room):
-        config, params = load_model(options.path, options)
-        check_memory(config, params, room, show=options.context_file is not None)
-        engine = room.engine(config, params, tokenizer=tokenizer)
+    partition = partition_of(options, config)
+    with memory_explained(options.path, config, options, room, partition):
+        config, params = load_model(options.path, options, partition)
+        check_memory(config, params, room, partition, show=options.context_file is not None)
+        engine = room.engine(config, params, tokenizer=tokenizer, partition=partition)
         return _print(_stream(engine, prompt.tolist(), sampling), as_ids=tokenizer is None)
 
 

@@ -1,9 +1,10 @@
 """What commands that run a model share: options, loading, the memory it will take."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,14 +15,15 @@ if TYPE_CHECKING:
     from mmx.inference.engine import Engine
     from mmx.inference.requests import Sampling
     from mmx.model import Params
+    from sharding import Partition
 
 PAGE = 256  # tokens
 _CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision:
-    """In what a checkpoint is loaded, and what is kept of a text."""
+class Loading:
+    """In what a checkpoint is loaded and where, and what is kept of a text."""
 
     dtype: Literal["as-stored", "fp32", "bf16"] = "as-stored"
     """Of parameters and activations; state, router and logits are fp32 always."""
@@ -29,6 +31,9 @@ class Precision:
     """int8 halves the memory of bf16 matrices: one scale a channel."""
     kv_dtype: Literal["as-activations", "bf16", "fp8"] = "as-activations"
     """Of keys and values; fp8 halves bf16, and puts each off by at most 1/16 of itself."""
+    mesh: str = ""
+    """axis=n,...: devices of this machine that share the model and its memory: experts and heads
+    over expert and tensor, keys and values of long texts over seq. One device without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +77,52 @@ def sampling_of(options: Choices) -> "Sampling":
     )
 
 
-def load_model(path: Path, options: Precision) -> "tuple[ModelConfig, Params]":
-    """Config and parameters as the options want them."""
+def partition_of(options: Loading, config: "ModelConfig") -> "Partition | None":
+    """The devices of --mesh, as many of the first as it takes; None is one.
+
+    Raises:
+      ValueError: no such mesh here, or one that cannot share this model.
+    """
+    if not options.mesh:
+        return None
+    import jax
+
+    from mmx.placement import make_partition
+    from mmx.planning.topology import parse_mesh
+
+    mesh = replace(parse_mesh(options.mesh), **({} if "fsdp" in options.mesh else {"fsdp": 1}))
+    if (mesh.data, mesh.fsdp) != (1, 1):
+        raise ValueError(
+            f"--mesh {options.mesh}: an engine has its rows on all devices, so data and fsdp are "
+            "1; give expert, seq and tensor"
+        )
+    sizes = asdict(mesh).values()
+    devices = jax.devices()
+    if -1 not in sizes and math.prod(sizes) < len(devices):
+        devices = devices[: math.prod(sizes)]
+    return make_partition(mesh, "serving", config, devices=devices)
+
+
+def load_model(
+    path: Path, options: Loading, partition: "Partition | None"
+) -> "tuple[ModelConfig, Params]":
+    """Config and parameters as the options want them, where the partition has them."""
     import jax.numpy as jnp
 
     import mmx
 
     dtype = {"as-stored": None, "fp32": jnp.float32, "bf16": jnp.bfloat16}[options.dtype]
     weights = "int8" if options.weights == "int8" else None
-    return mmx.load(path, dtype=dtype, weights=weights)
+    return mmx.load(path, dtype=dtype, weights=weights, partition=partition)
 
 
 @contextmanager
 def memory_explained(
-    path: Path, config: "ModelConfig", options: Precision, room: "Room"
+    path: Path,
+    config: "ModelConfig",
+    options: Loading,
+    room: "Room",
+    partition: "Partition | None",
 ) -> Iterator[None]:
     """Loading a model and running it: memory that runs out is a table on stderr and one line.
 
@@ -98,7 +135,7 @@ def memory_explained(
         dtype = {"as-stored": None, "fp32": "float32", "bf16": "bfloat16"}[options.dtype]
         return of_checkpoint(
             config, dtype or _stored_dtype(path), int8=options.weights == "int8",
-            rows=room.rows, tokens=room.pages * room.page_size,
+            rows=room.rows, tokens=room.pages * room.page_size, partition=partition,
         )  # fmt: skip
 
     with explained(ask):
@@ -115,7 +152,7 @@ def _stored_dtype(path: Path) -> str:
     return str(stored_dtype(source, source.by_path["embed/embedding"]))
 
 
-def kv_dtype_of(options: Precision) -> str | None:
+def kv_dtype_of(options: Loading) -> str | None:
     """The same as the engine knows it."""
     return {"as-activations": None, "bf16": "bfloat16", "fp8": "float8_e4m3fn"}[options.kv_dtype]
 
@@ -141,9 +178,14 @@ class Room:
 
 
 def check_memory(
-    config: "ModelConfig", params: "Params", room: Room, *, show: bool = False
+    config: "ModelConfig",
+    params: "Params",
+    room: Room,
+    partition: "Partition | None",
+    *,
+    show: bool = False,
 ) -> None:
-    """Refuse what the device has no memory for, before any of it is taken; print it if asked to.
+    """Refuse what a device has no memory for, before any of it is taken; print it if asked to.
 
     Raises:
       ValueError: it needs more than there is; says how many tokens there is room for.
@@ -153,24 +195,25 @@ def check_memory(
     there = device_memory()
     if there is None and not show:
         return
-    plan = plan_engine(config, params, **asdict(room))
+    plan = plan_engine(config, params, partition=partition, **asdict(room))
     if show:
-        _print_plan(plan.lines(), there)
+        _print_plan(plan.lines(), there, 1 if partition is None else partition.mesh.size)
     if there is not None and plan.total > there:
         most = pages_within(there, plan, room.pages)
         raise ValueError(
-            f"{plan.total:,} bytes of memory are needed and the device has {there:,}; keys and "
+            f"{plan.total:,} bytes of memory are needed and a device has {there:,}; keys and "
             f"values of {most * room.page_size:,} tokens fit, {room.pages * room.page_size:,} are "
             "asked for"
         )
 
 
-def _print_plan(lines: Sequence[tuple[str, int]], there: int | None) -> None:
+def _print_plan(lines: Sequence[tuple[str, int]], there: int | None, devices: int) -> None:
     from rich.filesize import decimal
 
     parts = ", ".join(f"{name} {decimal(size)}" for name, size in lines)
     of = "" if there is None else f" of {decimal(there)}"
-    print(f"mmx: memory: {parts}{of}", file=sys.stderr, flush=True)
+    each = f" on each of {devices} devices" if devices > 1 else ""
+    print(f"mmx: memory: {parts}{of}{each}", file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mmx.cli.models import (
-    Precision,
+    Loading,
     Room,
     check_memory,
     kv_dtype_of,
     load_model,
     memory_explained,
     note,
+    partition_of,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MOST = dict(rows=4096, pages=2**31 - 1, page_size=1 << 20)  # pages have 32-bit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(Precision):
+class Serve(Loading):
     """Answer requests over HTTP, as OpenAI's clients send them, until SIGTERM or Ctrl-C."""
 
     path: tyro.conf.Positional[Path]
@@ -125,10 +126,11 @@ def _serve(options: Serve, key: str | None, listener: socket.socket) -> int:
     # Where it lies is nobody's business out there.
     template = dataclasses.replace(template, file="the model")
     room = _room(options, config)
-    with memory_explained(options.path, config, options, room):
-        config, params = load_model(options.path, options)
-        check_memory(config, params, room, show=True)
-        engine = room.engine(config, params, tokenizer=tokenizer)
+    partition = partition_of(options, config)
+    with memory_explained(options.path, config, options, room, partition):
+        config, params = load_model(options.path, options, partition)
+        check_memory(config, params, room, partition, show=True)
+        engine = room.engine(config, params, tokenizer=tokenizer, partition=partition)
         if options.warm_up:
             _warm_up(engine)
     longest = longest_token(tokenizer)

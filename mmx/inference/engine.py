@@ -92,13 +92,13 @@ class Engine:
         self._how = dict(config=config, implementation=implementation, partition=partition)
         if partition is not None:
             self.params = place(params, config, partition)
-        self._partition = partition
+        self.partition = partition
         self._numbers = itertools.count()
         self._begin()
 
     def _begin(self) -> None:
         """Memory that holds nothing, and no requests."""
-        sizes, partition = self.sizes, self._partition
+        sizes, partition = self.sizes, self.partition
         self.pool: Pool = init_pool(self.config, sizes.pool, partition)
         self.rows = empty_rows(self.config, sizes.rows, sizes.row_pages)
         if partition is not None:

@@ -84,27 +84,43 @@ def of_training(plan: "TrainingPlan", partition: Partition | None) -> "Request":
     )
 
 
-def of_engine(config: ModelConfig, params: Any, *, rows: int, tokens: int) -> "Request":
+def of_engine(
+    config: ModelConfig,
+    params: Any,
+    *,
+    rows: int,
+    tokens: int,
+    partition: Partition | None = None,
+) -> "Request":
     """The request that an engine is: a step of all its rows.
 
     Args:
       config, params: of the model.
       rows: sequences that decode together.
       tokens: there is room for, of all of them.
+      partition: its devices; None for one.
     """
     from mmx.nn.quantized import is_quantized
 
     dtype = str(params["embed"]["embedding"].dtype)
-    return of_checkpoint(config, dtype, int8=is_quantized(params), rows=rows, tokens=tokens)
+    return of_checkpoint(
+        config, dtype, int8=is_quantized(params), rows=rows, tokens=tokens, partition=partition
+    )
 
 
 def of_checkpoint(
-    config: ModelConfig, dtype: str, *, int8: bool, rows: int, tokens: int
+    config: ModelConfig,
+    dtype: str,
+    *,
+    int8: bool,
+    rows: int,
+    tokens: int,
+    partition: Partition | None = None,
 ) -> "Request":
     """The same of parameters that are not there yet: in a dtype, their matrices in int8 or not."""
     each = max(1, min(tokens // rows, config.max_seq_len))
     weights = "int8" if int8 else "bf16"
-    return _request(config, "decode", None, seq=each, batch=rows, weights=weights, dtype=dtype)
+    return _request(config, "decode", partition, seq=each, batch=rows, weights=weights, dtype=dtype)
 
 
 def _request(config: ModelConfig, mode: Any, partition: Partition | None, **fields: Any):
