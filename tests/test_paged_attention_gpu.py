@@ -58,10 +58,14 @@ def test_one_query(interpreted, capsys):
     check_decode(arrays, arrays[-1], capsys)
 
 
-def test_several_queries(interpreted, capsys):
-    """In no order, with padding, past the table; one key head and 3 x 3 rows of a product."""
+@pytest.mark.parametrize("types", [dict(dtype=jnp.bfloat16), FP8], ids=["bf16", "fp8"])
+def test_several_queries(interpreted, capsys, types):
+    """In no order, with padding, past the table; one key head and 3 x 3 rows of a product.
+
+    Of the first row some tiles are seen by all queries, by two and by one.
+    """
     positions = [[383, 200, 199], [70, 3, -1], [-1, -1, -1], [-1, 127, 128]]
-    *arrays, _ = case(positions, heads=3, kv_heads=1, dim=128, slots=128, dtype=jnp.bfloat16)
+    *arrays, _ = case(positions, heads=3, kv_heads=1, dim=128, slots=128, **types)
     arrays[-1] = arrays[-1][:, :3]  # all of 384 keys
     beyond = np.where(np.equal(positions, 383), 9000, positions)
     check_decode([*arrays, jnp.asarray(positions)], jnp.asarray(beyond, jnp.int32), capsys)
@@ -92,7 +96,7 @@ def test_fp8_keeps_many_small_weights_together(interpreted):
 )
 def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
     plan = jax.jit(gpu_decode._plan, static_argnums=1)
-    work, rows = (np.asarray(x) for x in plan(jnp.asarray(reach, jnp.int32), workers))
+    work, rows = (np.asarray(x) for x in plan(jnp.asarray(reach, jnp.int32)[:, None], workers))
     tiles = -(-(np.asarray(reach) + 1) // gpu_decode.TILE)
     share = max(-(-tiles.sum() // workers), gpu_decode.MIN_SHARE)
     seen = [[] for _ in reach]
@@ -108,7 +112,7 @@ def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
             assert places.setdefault(row + worker, (row, worker)) == (row, worker)
             index, row = end, rows[row, 3]
     assert seen == [list(range(n)) for n in tiles]
-    for row, (*_, first_worker, number) in enumerate(rows):
+    for row, (*_, first_worker, number, _) in enumerate(rows):
         wanted = {(row, first_worker + i) for i in range(number)}
         assert {x for x in places.values() if x[0] == row} == wanted
 
