@@ -1,7 +1,8 @@
 """Draw what benchmarks/inference.py has measured: python benchmarks/plot_inference.py FILE.json
 
 Writes FILE.png: time per token and time to the first token over the context, and tokens/s over the
-rows that decode together; beside each the floor that the bytes or FLOPs allow, and the twin.
+rows that decode together; beside each the floor that the bytes or FLOPs allow, and the twin. Of
+several runs of the same the last counts.
 """
 
 import json
@@ -40,7 +41,7 @@ def per_token(rows: list[dict[str, Any]]) -> Series:
         if row["part"] == "decode" and copy:
             floor = (row["context"], 1e3 * row["floor_GB"] / copy)
             found.setdefault("floor", []).append(floor)
-    return {name: sorted(points) for name, points in found.items()}
+    return {name: sorted(dict(points).items()) for name, points in found.items()}
 
 
 def throughput(rows: list[dict[str, Any]]) -> Series:
@@ -57,7 +58,7 @@ def throughput(rows: list[dict[str, Any]]) -> Series:
         if row["part"] == "decode" and copy:
             floor = (row["rows"], row["rows"] * copy / row["floor_GB"])
             found.setdefault("floor", []).append(floor)
-    return {name: sorted(points) for name, points in found.items()}
+    return {name: sorted(dict(points).items()) for name, points in found.items()}
 
 
 def first_token(rows: list[dict[str, Any]]) -> Series:

@@ -57,11 +57,13 @@ def test_a_step_on_one_h200_is_planned_as_it_was_measured(part):
     assert flops == pytest.approx(1e9 * step["model_TFLOPs"] * step["ms"], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "expert"])
-def test_a_step_on_two_h200_is_planned_as_it_was_measured(name):
+@pytest.mark.parametrize(("name", "capacity"), [("fsdp", None), ("expert", None), ("expert", 1.25)])
+def test_a_step_on_two_h200_is_planned_as_it_was_measured(name, capacity):
     """Peak memory of one of them within 10 %, nothing recomputed."""
-    (measured,) = (row["runtime_GB"] for row in TWO if row.get("memory") == name)
-    (step,) = (row for row in TWO if row.get("part") == name)
+    (step,) = (r for r in TWO if r.get("part") == name and r.get("capacity") == capacity)
+    (measured,) = (
+        row["runtime_GB"] for row in TWO if row.get("memory") == name and row["run"] == step["run"]
+    )
     mesh, chosen = MESHES[name]
     plan = make_plan(
         request(
@@ -75,7 +77,7 @@ def test_a_step_on_two_h200_is_planned_as_it_was_measured(name):
             batch=step["devices"] * step["rows"],
             remat=step["remat"],
             optimizer_dtype=step["moment"],
-            capacity_factor=None,
+            capacity_factor=capacity,
         )
     )
     assert plan.total == pytest.approx(1e9 * measured, rel=0.1)
