@@ -26,6 +26,7 @@ from serving import (
     quick,
     running,
 )
+from sweeps import sweep
 
 from mmx.inference import server as server_module
 from mmx.inference.chat import ChatTemplate
@@ -168,12 +169,13 @@ def overload(server, seconds, clients):
     return seen, wrong
 
 
-def test_overload(server):
-    """Ten times what fits, for a few seconds: who is let in is answered, others must wait."""
+@pytest.mark.parametrize("seconds", sweep((4, 60), lambda seconds: seconds < 60))
+def test_overload(server, seconds):
+    """Ten times what fits, all the time: who is let in is answered, others must wait."""
     before = probe(server)
     overload(server, 1, 20)  # whatever is allocated once
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen, wrong = overload(server, 4, 10 * (ROWS + QUEUE))
+    seen, wrong = overload(server, seconds, 10 * (ROWS + QUEUE))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
     assert wrong == []
     assert seen[200] >= ROWS + QUEUE
