@@ -277,6 +277,13 @@ def test_folders_one_cannot_talk_with(name, content, said, tmp_path, monkeypatch
     assert said in err
 
 
+def test_answers_may_be_as_long_as_the_model_has_room_for(folder):
+    """By default they may have 1,024 tokens, which is more than this model has."""
+    it = chat._open(chat.Chat(path=folder))
+    assert LENGTH < 1024
+    assert it.sampling.max_new_tokens == it.engine.max_seq_len == LENGTH
+
+
 def test_a_template_that_fails_is_a_note(folder, model, monkeypatch, capsys):
     it = conversation(model)
     it.template = ChatTemplate("{{ ''.__class__ }}", file="it")

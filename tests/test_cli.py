@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,14 @@ def test_help_of_commands(name, capsys):
     assert code == 0
     assert f"usage: mmx {name}" in out
     assert err == ""
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mmx", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("mmx", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"mmx {mmx.__version__}\n"
 
 
 def test_version(capsys):

@@ -207,7 +207,7 @@ def test_decode_program_is_made_of_these_kernels(monkeypatch):
     jax.clear_caches()  # what was traced for a CPU
     traced = decode.trace(params, pool, rows, config=CONFIG, steps=2)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    names = ("_products", "_hidden", "weighted_products", "_step", "_attend", "_merge")
+    names = ("_products", "_hidden", "weighted_products", "_step", "_attend", "merge")
     calls = {name: len(re.findall(rf"call @{name}(?:_\d+)?\(", text)) for name in names}
     assert calls == {
         "_products": 4,  # into and out of either attention
@@ -215,6 +215,6 @@ def test_decode_program_is_made_of_these_kernels(monkeypatch):
         "weighted_products": 2,
         "_step": 1,
         "_attend": 1,
-        "_merge": 1,
+        "merge": 1,
     }
     jax.clear_caches()

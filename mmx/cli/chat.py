@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,8 @@ def _open(options: Chat) -> "Conversation":
     tokenizer = load_tokenizer(options.path)
     template = load_chat_template(options.path)
     check_template(template)
-    sampling = sampling_of(options)
+    most = min(options.max_new_tokens, config.max_seq_len)  # the default, too, where it is more
+    sampling = replace(sampling_of(options), max_new_tokens=most)
     sampling.check(config)
     longest = min(options.max_seq_len, config.max_seq_len)
     chunk = 256 if longest <= 1024 else 2048

@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import platform
+from pallas_kernels.paged_attention.gpu_merge import LOWEST, merge, padded
 
 TILE = 64  # keys of one product
 ROWS = 64  # of one product: queries times query heads a key head
@@ -39,9 +40,6 @@ MAX_DIM = 256
 MAX_SLOTS = 8  # of the ring
 SHARED_MEMORY = 228 * 1024  # of a multiprocessor; the system keeps 1 KiB of it for each worker
 RESERVED_MEMORY = 1024 + 512  # that, and barriers
-MERGE_WIDTH = 128  # values a warpgroup holds one each
-MERGED = 8  # partial results read at a time
-LOWEST = -1e38  # below any score, and its differences are finite
 # Weights in fp16 are so many times larger, so that many small ones together are not lost.
 ENLARGED = 2.0**14
 LOG2_E = math.log2(math.e)
@@ -177,7 +175,7 @@ class _Shape:
     @property
     def width(self) -> int:
         """Head size of partial results, as merging wants it."""
-        return -(-self.dim // MERGE_WIDTH) * MERGE_WIDTH
+        return padded(self.dim)
 
 
 # ---------------------------------------------------------------- the function
@@ -213,7 +211,7 @@ def paged_attention(
         grouped, factors = _in_fp16(grouped)
     arrays = (limits, factors, grouped, key_pages, value_pages)
     parts, weights = _attend(shape, plan, page_table, *arrays)
-    out = _merge(shape, rows, plan.rows, parts, weights)[..., :dim]
+    out = merge(rows, plan.rows, parts, weights)[..., :dim]
     out = out.reshape(batch, kv_heads, length, repeats, dim)
     return jnp.moveaxis(out, 1, 2).reshape(q.shape)
 
@@ -517,60 +515,3 @@ def _finish(share: _Share, row: _Row, top, total, acc) -> None:
     divisor = total * ENLARGED if share.shape.narrow else total
     refs.parts.at[(*place, slice(None), pl.ds(0, dim))][...] = acc / _over_columns(divisor, dim)
     refs.weights.at[place][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, LOWEST)
-
-
-# ---------------------------------------------------------------- merging
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _merge(shape: _Shape, rows: int, row_plan, parts, weights) -> Float[Array, "B G M W"]:
-    """The partial results of each row weighted by their log-sum-exps, in bf16."""
-
-    def body(plan, parts, weights, out):
-        row, head, m, block = (lax.axis_index(name) for name in ("row", "head", "m", "block"))
-        columns = pl.ds(block * MERGE_WIDTH, MERGE_WIDTH)
-        first, number = row + plan[row, 4], plan[row, 5]
-
-        def some(i, carry):
-            """The next partial results; those past the last are the last, with weight 0."""
-            top, total, acc = carry
-            index = [i * MERGED + j for j in range(MERGED)]
-            places = [first + jnp.minimum(j, number - 1) for j in index]
-            exponents = [weights[head, place, m] for place in places]
-            values = [
-                plgpu.load(
-                    parts.at[head, place, m, columns],
-                    layout=plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1),
-                    optimized=False,
-                )
-                for place in places
-            ]
-            new_top = functools.reduce(jnp.maximum, exponents, top)
-            shrink = jnp.exp2(top - new_top)
-            total, acc = total * shrink, acc * shrink
-            for j, exponent, value in zip(index, exponents, values, strict=True):
-                weight = jnp.where(j < number, jnp.exp2(exponent - new_top), 0.0)
-                total, acc = total + weight, acc + value * weight
-            return new_top, total, acc
-
-        zeros = plgpu.layout_cast(
-            jnp.zeros((MERGE_WIDTH,), jnp.float32), plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1)
-        )
-        start = (jnp.float32(LOWEST), jnp.float32(0), zeros)
-        steps = lax.div(number + (MERGED - 1), jnp.int32(MERGED))
-        top, total, acc = lax.fori_loop(0, steps, some, start)
-        inverse = jnp.where(top > LOWEST, 1 / jnp.where(top > LOWEST, total, 1.0), 0.0)
-        out.at[row, head, m, columns][...] = (acc * inverse).astype(jnp.bfloat16)
-
-    blocks = shape.width // MERGE_WIDTH
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(
-            (shape.batch, shape.kv_heads, rows, shape.width), jnp.bfloat16
-        ),
-        grid=(blocks, rows, shape.kv_heads, shape.batch),
-        grid_names=("block", "m", "head", "row"),
-        kernel_name="paged_attention_merge",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
-    return kernel(row_plan, parts, weights)
