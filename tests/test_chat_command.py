@@ -282,6 +282,15 @@ def test_answers_may_be_as_long_as_the_model_has_room_for(folder):
     it = chat._open(chat.Chat(path=folder))
     assert LENGTH < 1024
     assert it.sampling.max_new_tokens == it.engine.max_seq_len == LENGTH
+    assert it.engine.partition is None
+
+
+def test_over_devices_a_conversation_is_the_same(folder):
+    both = [chat._open(chat.Chat(path=folder, max_new_tokens=NEW, mesh=m)) for m in ("", "seq=2")]
+    said = [["".join(it.ask(message)) for message in (FIRST, SECOND)] for it in both]
+    assert said[0] == said[1]
+    pages = both[1].engine.pool.key_pages
+    assert 2 * pages.addressable_shards[0].data.size == pages.size
 
 
 def test_a_template_that_fails_is_a_note(folder, model, monkeypatch, capsys):

@@ -6,10 +6,14 @@ import sys
 
 import jax
 import pytest
+from random_models import small_config
 from talking import write_model
 
 import mmx
 from mmx.cli import main
+from mmx.cli.models import Loading, partition_of
+from mmx.planning import advice
+from mmx.planning.exhausted import of_checkpoint
 
 COMMANDS = {
     "generate": ["--prompt", "x", "--max-new-tokens", "100"],
@@ -61,4 +65,23 @@ def test_a_setting_that_saves_nothing_is_not_what_to_try(folder, monkeypatch, ca
     arguments = ["--port", "0", "--pages", "100000", "--page-size", "16"]
     assert main(["serve", str(folder), *arguments]) == 2
     said = capfd.readouterr().err.strip().splitlines()[-1]
-    assert said.endswith("see the table above: try --batch 4")
+    assert said.endswith("see the table above: try --rows 4")
+
+
+def test_what_is_to_be_tried_is_an_option_of_the_command():
+    """Of an engine: other meshes are those that it takes, of as many devices."""
+    config = small_config("ls", num_heads=8, num_kv_heads=4)
+    partition = partition_of(Loading(mesh="expert=2,seq=2"), config)
+    ask = of_checkpoint(
+        config, "float32", int8=False, rows=4, tokens=4096, partition=partition
+    )  # fmt: skip
+    offered = [setting for setting, _ in advice._changes(ask, engine=True)]
+    assert [x.split()[0] for x in offered[-4:]] == ["--weights", "--rows", "twice", "--max-seq-len"]
+    meshes = [x.removeprefix("--mesh ") for x in offered if x.startswith("--mesh")]
+    assert meshes
+    for mesh in meshes:
+        other = partition_of(Loading(mesh=mesh), config)
+        assert other.mesh.size == 4
+        assert other.mesh.shape != partition.mesh.shape
+    planned = [setting for setting, _ in advice._changes(ask, engine=False)]
+    assert any("--rules" in x or "data=" in x for x in planned)

@@ -17,6 +17,8 @@ from mmx.cli import generate, main, models
 from mmx.inference import memory_plan
 from mmx.inference.engine import Engine
 from mmx.inference.text import encode
+from sharding import MeshConfig, Partition, make_mesh
+from sharding.rules import SERVING
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n"
 LONG = TEXT * 13  # more than a chunk of 256 tokens
@@ -177,6 +179,19 @@ def test_a_prompt_that_memory_does_not_hold(run, monkeypatch):
     assert err.count("\n") == 1
 
 
+def test_pages_are_counted_as_devices_share_them(monkeypatch):
+    """Two pages are asked for and 8 devices have one each: there is room for 7, so for none."""
+    room = models.Room(1, 2, 256, 512, 256, 4, 0, None)
+    plan = memory_plan.MemoryPlan(8000, 0, 800, 0, 0, 0)
+    monkeypatch.setattr(memory_plan, "plan_engine", lambda *arguments, **options: plan)
+    for devices, fit in ((1, 256), (2, 0), (8, 0)):
+        monkeypatch.setattr(memory_plan, "device_memory", lambda: plan.total - 1)
+        partition = Partition(make_mesh(MeshConfig(fsdp=1, seq=devices), jax.devices()[:devices]),
+                              SERVING)  # fmt: skip
+        with pytest.raises(ValueError, match=f"values of {fit:,} tokens fit, 512 are asked for"):
+            models.check_memory(None, None, room, partition if devices > 1 else None)
+
+
 def test_int8_is_asked_of_the_loader(run, monkeypatch):
     def load(path, **options):
         raise ValueError(f"weights={options['weights']}")
@@ -207,9 +222,13 @@ def test_over_devices_the_text_is_the_same(tmp_path, monkeypatch, capsys):
     call = ["generate", str(folder), "--prompt", LONG, "--max-new-tokens", "12"]
     assert main(call) == 0
     wanted = capsys.readouterr()
-    assert main([*call, "--mesh", "expert=2,seq=2"]) == 0
+    mesh = ["--mesh", "expert=2,seq=2"]
+    assert main([*call, *mesh]) == 0
     assert capsys.readouterr() == wanted
-    alone, engine = made
+    (tmp_path / "context").write_text("")
+    assert main([*call, *mesh, "--context-file", str(tmp_path / "context")]) == 0
+    assert capsys.readouterr().err.endswith(" on each of 4 devices\n")
+    alone, engine, _ = made
     assert alone.partition is None
     assert dict(engine.partition.mesh.shape) == dict(data=1, fsdp=1, expert=2, seq=2, tensor=1)
     for whole in jax.tree.leaves(engine.pool):
@@ -230,6 +249,9 @@ def test_over_devices_the_text_is_the_same(tmp_path, monkeypatch, capsys):
         ("tensor=2,seq=64", "takes 128 devices and there are 8"),
         ("experts=2", "'experts' is no axis of data, fsdp, expert, seq, tensor"),
         ("expert", "'expert' is not AXIS=NUMBER"),
+        ("expert=--2", "'expert=--2' is not AXIS=NUMBER"),
+        ("data=-1", "so data and fsdp are 1"),
+        ("expert=-1", "8 devices (expert=8) cannot share evenly"),
     ],
 )
 def test_meshes_that_are_refused(run, monkeypatch, mesh, said):

@@ -73,7 +73,7 @@ def test_several_queries(interpreted, capsys, types):
 
 def test_fp8(interpreted, capsys):
     """The same rows; queries of very different sizes, which fp16 could not hold together."""
-    positions = [[-1], [0], [63], [-1], [64], [700], [127], [-1]]
+    positions = [[-1], [0], [63], [62], [64], [700], [127], [-1]]  # 62: all but one of a tile
     q, *rest = case(positions, heads=8, kv_heads=2, dim=128, slots=16, **FP8)
     sizes = jnp.exp2(jnp.arange(-30, 34, 8)[:, None]).astype(jnp.bfloat16)
     check_decode((q, *rest), rest[-1], capsys)
@@ -112,6 +112,7 @@ def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
             assert places.setdefault(row + worker, (row, worker)) == (row, worker)
             index, row = end, rows[row, 3]
     assert seen == [list(range(n)) for n in tiles]
+    assert rows[:, 6].tolist() == list(reach)  # seen by its one query
     for row, (*_, first_worker, number, _) in enumerate(rows):
         wanted = {(row, first_worker + i) for i in range(number)}
         assert {x for x in places.values() if x[0] == row} == wanted

@@ -11,13 +11,16 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import openai
 import pytest
-from serving import make_engine
+from serving import CONFIG, make_engine
 from talking import write_model
 
 from mmx.cli import main, serve
 from mmx.inference import decoding, engine
+from mmx.inference.rows import empty_rows
+from sharding import Partition
 
 MMX = Path(sys.executable).with_name("mmx")
 
@@ -151,8 +154,12 @@ def test_the_packages_of_servers_are_asked_for(missing, folder, monkeypatch, cap
 
 @pytest.fixture
 def started(monkeypatch):
-    """What `serve` would be called with, without a model that is loaded."""
+    """What `serve` would be called with, and the partitions of all, without a model loaded."""
     calls = []
+
+    def of(*arguments, **options):
+        calls[:0] = [x for x in (*arguments, *options.values()) if isinstance(x, Partition)]
+        return None, None
 
     async def instead(*arguments, **options):
         calls.append(options)
@@ -162,11 +169,11 @@ def started(monkeypatch):
     from mmx.inference import server
 
     monkeypatch.setattr(server, "serve", instead)
-    monkeypatch.setattr(serve, "load_model", lambda *arguments: (None, None))
-    monkeypatch.setattr(serve, "check_memory", lambda *arguments, **options: None)
+    monkeypatch.setattr(serve, "load_model", of)
+    monkeypatch.setattr(serve, "check_memory", of)
     monkeypatch.setattr(serve, "_warm_up", lambda engine: None)
     fake = SimpleNamespace(max_seq_len=99)
-    monkeypatch.setattr(serve.Room, "engine", lambda *arguments, **options: fake)
+    monkeypatch.setattr(serve.Room, "engine", lambda *a, **options: of(**options) and fake)
     monkeypatch.setattr(serve, "_room", lambda options, config: serve.Room(*[1] * 7, None))
     return calls
 
@@ -191,17 +198,32 @@ def test_an_open_door_is_noted(arguments, noted, started, folder, tmp_path, caps
     assert "secret" not in out + err
 
 
+def test_the_mesh_is_that_of_loading_memory_and_engine(started, folder, capsys):
+    arguments = ["serve", str(folder), "--port", "0", "--mesh", "seq=2"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    loading, memory, made, _ = started
+    assert loading == memory == made
+    assert dict(made.mesh.shape) == dict(data=1, fsdp=1, expert=1, seq=2, tensor=1)
+
+
 def test_nothing_is_compiled_after_the_warm_up():
     it = make_engine()
     serve._warm_up(it)
     assert it.idle
     assert len(it.snapshots) == it.snapshots.hits == it.snapshots.saved_tokens == 0
     assert it.pages.free == it.pages.count
-    programs = (decoding.prefill, decoding.decode, engine.begin_row, engine.set_row)
+    programs = (
+        decoding.prefill, decoding.decode, engine.begin_row, engine.set_row, engine.set_pages,
+        engine.deactivate,
+    )  # fmt: skip
     before = [program._cache_size() for program in programs]
     began = time.perf_counter()
     for size in (1, 32, 33, 64, 100, 128, 200):
         it.generate([[7] * size], max_new_tokens=5, temperature=1.0)
+    it.generate([[7] * 40], max_new_tokens=60, ignore_eos=True)  # which takes more pages
+    first = jax.device_get(jax.tree.map(lambda x: x[0], it.rows))
+    it.rows = engine.set_row(it.rows, 1, first)  # as one that comes back
     assert [program._cache_size() for program in programs] == before
     assert time.perf_counter() - began < 60
 
@@ -212,6 +234,7 @@ def test_the_warm_up_reads_every_length_although_prefixes_are_kept():
     class Stub:
         sizes, max_seq_len, decode_steps = SimpleNamespace(chunk=1024), 2000, 2
         snapshots = SimpleNamespace(step=256, clear=kept.clear, hits=0, saved_tokens=0)
+        rows = empty_rows(CONFIG, 1, 1)
 
         def generate(self, prompts, sampling):
             [prompt] = prompts

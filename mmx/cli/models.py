@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -33,7 +33,8 @@ class Loading:
     """Of keys and values; fp8 halves bf16, and puts each off by at most 1/16 of itself."""
     mesh: str = ""
     """axis=n,...: devices of this machine that share the model and its memory: experts and heads
-    over expert and tensor, keys and values of long texts over seq. One device without."""
+    over expert and tensor; keys and values over seq, which reads long texts slower on GPUs. One
+    device without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def partition_of(options: Loading, config: "ModelConfig") -> "Partition | None":
     from mmx.placement import make_partition
     from mmx.planning.topology import parse_mesh
 
-    mesh = replace(parse_mesh(options.mesh), **({} if "fsdp" in options.mesh else {"fsdp": 1}))
+    mesh = parse_mesh(options.mesh, fsdp=1)
     if (mesh.data, mesh.fsdp) != (1, 1):
         raise ValueError(
             f"--mesh {options.mesh}: an engine has its rows on all devices, so data and fsdp are "
@@ -199,7 +200,9 @@ def check_memory(
     if show:
         _print_plan(plan.lines(), there, 1 if partition is None else partition.mesh.size)
     if there is not None and plan.total > there:
-        most = pages_within(there, plan, room.pages)
+        # An engine has pages for as many devices as share them.
+        shared = 1 if partition is None else partition.devices_of("pages")
+        most = pages_within(there, plan, -(-room.pages // shared) * shared) // shared * shared
         raise ValueError(
             f"{plan.total:,} bytes of memory are needed and a device has {there:,}; keys and "
             f"values of {most * room.page_size:,} tokens fit, {room.pages * room.page_size:,} are "

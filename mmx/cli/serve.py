@@ -188,6 +188,7 @@ def _warm_up(engine: "Engine") -> None:
     """Every program once: a prompt of each length that is read at once, and some decoding."""
     from mmx.inference.decoding import PADDED
     from mmx.inference.requests import Sampling
+    from mmx.inference.rows import warm_up
 
     sizes: list[int] = list(PADDED)
     while sizes[-1] < engine.sizes.chunk:
@@ -203,6 +204,7 @@ def _warm_up(engine: "Engine") -> None:
         engine.generate([[0] * length], sampling)
         if engine.snapshots.step <= length < room:
             engine.generate([[0] * (length + 1)], sampling)  # a prefix is found
+    engine.rows = warm_up(engine.rows)
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 

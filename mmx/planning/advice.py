@@ -14,13 +14,17 @@ MOST_MESHES = 2
 MOST_GROUPS = 16
 
 
-def advise(plan: Plan) -> list[tuple[str, int, bool]]:
+def advise(plan: Plan, *, engine: bool = False) -> list[tuple[str, int, bool]]:
     """The settings that help most: (what to write, peak bytes of a device, whether it fits).
 
     Those that fit come first, and of them those that change least.
+
+    Args:
+      plan: of what does not fit.
+      engine: whether it is one of `mmx.Engine`, whose commands have other options than `mmx plan`.
     """
     found = []
-    for setting, other in _changes(plan.request):
+    for setting, other in _changes(plan.request, engine):
         try:
             total = _total(plan, other)
         except ValueError:  # not with these sizes
@@ -44,7 +48,7 @@ def _total(plan: Plan, other: Request) -> int:
     return sum(plan.memory.values()) - plan.memory["optimizer"] + optimizer
 
 
-def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
+def _changes(ask: Request, engine: bool) -> Iterator[tuple[str, Request]]:
     """One setting changed, the least change first."""
 
     def change(**fields) -> Request:
@@ -65,11 +69,12 @@ def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
         if ask.capacity_factor is None:
             yield "--capacity-factor 1.25", change(capacity_factor=1.25)
     else:
-        yield from itertools.islice(_other_meshes(ask), MOST_MESHES)
+        yield from itertools.islice(_other_meshes(ask, engine), MOST_MESHES)
         if ask.weights == "bf16":
             yield "--weights int8", change(weights="int8")
         if ask.batch > 1:
-            yield f"--batch {ask.batch // 2}", change(batch=ask.batch // 2)
+            rows = "--rows" if engine else "--batch"
+            yield f"{rows} {ask.batch // 2}", change(batch=ask.batch // 2)
     slices = 2 * ask.topology.slices
     axis = "fsdp" if ask.mode == "train" else "tensor"
     larger = dataclasses.replace(ask.topology, slices=slices)
@@ -77,14 +82,14 @@ def _changes(ask: Request) -> Iterator[tuple[str, Request]]:
     yield f"twice the devices, {axis}={mesh[axis]}", change(topology=larger, mesh=mesh)
     shorter = ask.seq // 2
     if shorter:
-        yield f"--seq {shorter}", change(seq=shorter)
+        yield f"{'--max-seq-len' if engine else '--seq'} {shorter}", change(seq=shorter)
 
 
-def _other_meshes(ask: Request) -> Iterator[tuple[str, Request]]:
-    """The same devices in another way, for inference."""
+def _other_meshes(ask: Request, engine: bool) -> Iterator[tuple[str, Request]]:
+    """The same devices in another way, for inference; for an engine by the rules it has."""
     fields = {f.name: getattr(ask, f.name) for f in dataclasses.fields(ask)}
     del fields["mesh"], fields["rules"]
-    for other in serving_mesh.legal(fields):
+    for other in serving_mesh.legal(fields, ask.rules.name if engine else "auto"):
         if other.mesh != ask.mesh:
             mesh = ",".join(f"{axis}={size}" for axis, size in other.mesh.items() if size > 1)
             rules = "" if other.rules == ask.rules else f" --rules {other.rules.name}"

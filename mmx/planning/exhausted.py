@@ -56,7 +56,7 @@ def _explain(ask: Callable[[], "Request"]) -> str:
     try:
         request = ask()
         plan = make_plan(request)
-        advice = advise(plan)
+        advice = advise(plan, engine=request.mode != "train")
     except (ValueError, NotImplementedError, MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"; it could not be planned: {reason}"

@@ -1,6 +1,5 @@
 """Names of machines, 'v5p:8x8x8' or 'h200:8x16', and of meshes, 'fsdp=16,expert=32'."""
 
-import dataclasses
 import difflib
 import itertools
 import math
@@ -124,8 +123,12 @@ def _named(chip: str, shape: tuple[int, ...]) -> str:
     return f"{chip}:{'x'.join(map(str, shape))}"
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """'fsdp=16,expert=32' as a mesh; axes that are not named are 1, or fsdp all that is left.
+def parse_mesh(text: str, *, fsdp: int = -1) -> MeshConfig:
+    """'fsdp=16,expert=32' as a mesh; axes that are not named are 1, and fsdp all that is left.
+
+    Args:
+      text: as on a command line.
+      fsdp: what that axis is where it is not named.
 
     Raises:
       ValueError: an axis that is none, named twice, or a size that is no number.
@@ -139,7 +142,7 @@ def parse_mesh(text: str) -> MeshConfig:
             raise ValueError(f"--mesh: {axis!r} is no axis of {', '.join(AXES)}{nearest}")
         if axis in sizes:
             raise ValueError(f"--mesh names {axis} twice; give each axis one size")
-        if not equals or not size.lstrip("-").isdecimal():
+        if not equals or not size.removeprefix("-").isdecimal():
             raise ValueError(f"--mesh: {part!r} is not AXIS=NUMBER, as in fsdp=16,expert=32")
         sizes[axis] = int(size)
-    return dataclasses.replace(MeshConfig(), **sizes)
+    return MeshConfig(**({"fsdp": fsdp} | sizes))

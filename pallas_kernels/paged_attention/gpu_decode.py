@@ -13,8 +13,7 @@ that one multiplies while the other takes exponentials.
 
 Pages of fp8 (e4m3) halve the bytes, not the time: a tile goes through registers and back to shared
 memory, in fp16, which holds every such number, and one conversion makes two of them, where bf16
-would take three. On an H200 that reads 2.5 TB/s; converting while a product runs gained 1 %. The
-queries are divided by powers of two into fp16's range.
+would take three. The queries are divided by powers of two into fp16's range.
 """
 
 import functools
