@@ -199,7 +199,7 @@ def layer(emit: Emit, setting: Setting) -> None:
         return both if backward else forward
 
     for backward in (False, True):
-        compare_two(
+        program = compare_two(
             emit,
             "layer",
             functools.partial(make, backward),
@@ -210,6 +210,10 @@ def layer(emit: Emit, setting: Setting) -> None:
             heads=config.num_heads,
             embed=config.embed_dim,
         )
+        if setting.trace:
+            name = "layer_both" if backward else "layer"
+            arrays = arguments(backward, partition, False)
+            trace(emit, setting, name, functools.partial(program, *arrays))
 
 
 def ring(emit: Emit, setting: Setting) -> None:

@@ -21,7 +21,7 @@ layer in training reports, and `both` with the backward pass. `error` is the rel
 two devices' results from one's, or of the first loss, the second device's rows being those of the
 first. `peak` has bytes of one device as planned, as compiled and as the runtime saw them, and the
 FLOPs planned over the count of `mmx.training.flops`. `--trace DIR` profiles a step of fsdp, one of
-expert and a pass of lasp, keeps that there and reads it.
+expert, passes of layer and one of lasp, keeps them there and reads them.
 """
 
 import argparse

@@ -285,6 +285,7 @@ def test_answers_may_be_as_long_as_the_model_has_room_for(folder):
     assert it.engine.partition is None
 
 
+@pytest.mark.slow
 def test_over_devices_a_conversation_is_the_same(folder):
     both = [chat._open(chat.Chat(path=folder, max_new_tokens=NEW, mesh=m)) for m in ("", "seq=2")]
     said = [["".join(it.ask(message)) for message in (FIRST, SECOND)] for it in both]
