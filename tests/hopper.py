@@ -19,14 +19,14 @@ def interpreted_hopper(monkeypatch, *, cores: int, detect_races: bool) -> Iterat
     interpreter does not know.
     """
 
-    def add_product(acc, weights, values):
-        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # it has been read, as when a product has been waited for
-        return acc + product
+    def product(left, right, original=gpu_decode._product):
+        if not isinstance(left, jax.Array):
+            return original(left, right)
+        return jnp.dot(left, right[...], preferred_element_type=jnp.float32)
 
+    monkeypatch.setattr(gpu_decode, "_product", product)
     monkeypatch.setattr(platform, "gpu_compute_capability", lambda: (9, 0))
     monkeypatch.setattr(platform, "gpu_cores", lambda: cores)
-    monkeypatch.setattr(gpu_decode, "_add_product", add_product)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
         yield
     jax.clear_caches()

@@ -54,7 +54,7 @@ def test_one_query(interpreted, capsys):
     Three workers a key head share 17 tiles, so two of them begin within the long row.
     """
     positions = [[-1], [0], [63], [-1], [64], [700], [127], [-1]]
-    arrays = case(positions, heads=8, kv_heads=2, dim=96, slots=16, dtype=jnp.bfloat16)
+    arrays = case(positions, heads=8, kv_heads=2, dim=64, slots=16, dtype=jnp.bfloat16)
     check_decode(arrays, arrays[-1], capsys)
 
 
@@ -119,12 +119,15 @@ def test_every_tile_is_read_once_and_the_merging_knows_where(reach, workers):
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
-def test_shared_memory_holds_the_ring(dim, narrow):
-    shape = gpu_decode._Shape(1, 8, dim, 8, 64, 256, 1.0, narrow)
-    ring = 2 * gpu_decode.TILE * dim * (shape.slots + 2 if narrow else 2 * shape.slots)
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("queries", [8, 64])
+def test_shared_memory_holds_the_ring(queries, dim, narrow):
+    shape = gpu_decode._Shape(1, 8, dim, queries, 64, 256, 1.0, narrow)
+    tile = gpu_decode.TILE * dim
+    ring = 2 * tile * shape.slots * (1 if narrow else 2)
     barriers = (1 + 2 * shape.slots) * 8
-    worker = ring + gpu_decode.ROWS * dim * 2 + barriers
+    worker = ring + 2 * queries * (dim + gpu_decode.TILE) + barriers + gpu_decode.REDUCTION_MEMORY
+    worker += 2 * tile if narrow else 0
     assert worker <= 227 * 1024  # the most of one
     assert shape.workers_a_core * (worker + 1024) <= 228 * 1024  # of a multiprocessor
     assert shape.slots >= 2
@@ -161,7 +164,7 @@ def test_kernels_lower_for_cuda(config, rows, queries, reach, types):
 def test_other_shapes_lower_for_cuda():
     config = MODELS["bench-4b"]
     for dim, slots, types in (
-        (64, 16, {}), (96, 32, {}), (256, 64, {}), (64, 16, FP8), (192, 32, FP8), (256, 64, FP8)
+        (64, 16, {}), (192, 32, {}), (256, 64, {}), (64, 16, FP8), (192, 32, FP8), (256, 64, FP8)
     ):  # fmt: skip
         *arrays, table, positions = arguments(config, 2, 1, 1024, slots, **types)
         arrays = (SPEC((*x.shape[:-1], dim), x.dtype) for x in arrays)
@@ -198,8 +201,8 @@ def test_the_choice(rows, queries, types, capability, name, monkeypatch):
         (dict(queries=0), r"empty queries, of shape \(1, 0, 16, 128\)"),
         (dict(queries=17), "17 queries of 4 heads a key head: at most 64 together"),
         (dict(slots=48), "pages of 48 slots: they must be 16, 32 or a multiple of 64"),
-        (dict(dim=24), "head size 24: it must be a multiple of 32 and at most 256"),
-        (dict(FP8, dim=96), "head size 96: it must be a multiple of 64 and at most 256"),
+        (dict(dim=96), "head size 96: it must be a multiple of 64 and at most 256"),
+        (dict(FP8, dim=320), "head size 320: it must be a multiple of 64 and at most 256"),
     ],
 )
 def test_refusals(change, reason, monkeypatch):

@@ -7,13 +7,16 @@ several. Where a worker ends in a row, or a row ends, it leaves a partial result
 the keys it has seen, and their log-sum-exp. A second kernel merges the partial results of a row.
 
 A worker is one warpgroup. It copies tiles from the pages to a ring in shared memory by TMA, a few
-tiles ahead of the arithmetic and across rows. The query heads of a key head, of all queries, are
-the rows of the products: up to 64 of them cost the same. Two workers share a multiprocessor, so
-that one multiplies while the other takes exponentials.
+tiles ahead of the arithmetic and across rows. Keys, and then values, are the 64 rows that a product
+on Hopper has at least; its columns are the query heads of a key head, of all queries, 8 or more:
 
-Pages of fp8 (e4m3) halve the bytes, not the time: a tile goes through registers and back to shared
-memory, in fp16, which holds every such number, and one conversion makes two of them, where bf16
-would take three. The queries are divided by powers of two into fp16's range.
+    scores [keys, queries] = K q^T        out^T [K, queries] += V^T weights [keys, queries]
+
+Several workers share a multiprocessor, so that one multiplies while another takes exponentials.
+
+Pages of fp8 (e4m3) are multiplied in fp16, which holds every such number, and one conversion makes
+two of them, where bf16 would take three. Keys go from registers into the product; values, which
+must be transposed, back to shared memory. Queries are divided by powers of two into fp16's range.
 """
 
 import functools
@@ -29,22 +32,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import platform
-from pallas_kernels.paged_attention.gpu_merge import LOWEST, merge, padded
+from pallas_kernels.paged_attention.gpu_merge import LOWEST, merge
 
 TILE = 64  # keys of one product
-ROWS = 64  # of one product: queries times query heads a key head
-ROW_ALIGNMENT = 8  # of what a tiled TMA copy can address
+MAX_QUERIES = 64  # of one product: queries times query heads a key head
+QUERY_ALIGNMENT = 8  # of the columns of a product
 MIN_SHARE = 2  # tiles of a worker; less is not worth the merging
 MAX_DIM = 256
 MAX_SLOTS = 8  # of the ring
 SHARED_MEMORY = 228 * 1024  # of a multiprocessor; the system keeps 1 KiB of it for each worker
-RESERVED_MEMORY = 1024 + 512  # that, and barriers
+REDUCTION_MEMORY = 2048  # to find the largest score of a tile
+RESERVED_MEMORY = 1024 + 512 + REDUCTION_MEMORY  # that, and barriers
 # Weights in fp16 are so many times larger, so that many small ones together are not lost.
 ENLARGED = 2.0**14
 LOG2_E = math.log2(math.e)
 
 untyped: Any = plgpu  # parts of its interface that type checkers do not see
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 # Of 8 values a thread: rows of fp8 and rows of fp16 go through shared memory without conflicts.
 _EIGHTS = untyped.Layout.TILED(
     untyped.Tiling(((16, 64), (8, 64), (4, 64), (2, 64), (8,))),
@@ -84,11 +88,13 @@ def unsupported_arguments(
     if 0 in q.shape:
         return f"empty queries, of shape {q.shape}"
     rows = length * heads // kv_heads
-    if rows > ROWS:
-        return f"{length} queries of {heads // kv_heads} heads a key head: at most {ROWS} together"
-    step = 64 // key_pages.dtype.itemsize
-    if dim % step or dim > MAX_DIM:
-        return f"head size {dim}: it must be a multiple of {step} and at most {MAX_DIM}"
+    if rows > MAX_QUERIES:
+        return (
+            f"{length} queries of {heads // kv_heads} heads a key head: at most {MAX_QUERIES} "
+            "together"
+        )
+    if dim % 64 or dim > MAX_DIM:
+        return f"head size {dim}: it must be a multiple of 64 and at most {MAX_DIM}"
     if slots % TILE and slots not in (16, 32):
         return f"pages of {slots} slots: they must be 16, 32 or a multiple of {TILE}"
     return None
@@ -144,7 +150,7 @@ class _Shape:
     batch: int
     kv_heads: int
     dim: int
-    query_rows: int  # of a product, padded to what TMA can address
+    queries: int  # of a product, padded to what it can have
     pages: int
     page_slots: int
     scale: float
@@ -152,7 +158,10 @@ class _Shape:
 
     @property
     def workers_a_core(self) -> int:
-        return 2 if self.dim <= 128 else 1
+        """As many as are fastest (measured, benchmarks/results/paged_attention_h200.json)."""
+        if self.dim > 128:
+            return 1
+        return 3 if self.narrow else 2
 
     @property
     def workers(self) -> int:
@@ -163,18 +172,14 @@ class _Shape:
     def slots(self) -> int:
         """Tiles of keys, and of values, in the ring."""
         memory = SHARED_MEMORY // self.workers_a_core - RESERVED_MEMORY
-        memory -= 2 * self.dim * (ROWS + (2 * TILE if self.narrow else 0))
+        memory -= 2 * self.queries * (self.dim + TILE)
+        memory -= 2 * self.dim * TILE if self.narrow else 0
         return min(memory // (self.dim * 2 * TILE * (1 if self.narrow else 2)), MAX_SLOTS)
 
     @property
     def copies(self) -> int:
         """Copies, of a page or a part of it, a tile."""
         return max(1, TILE // self.page_slots)
-
-    @property
-    def width(self) -> int:
-        """Head size of partial results, as merging wants it."""
-        return padded(self.dim)
 
 
 # ---------------------------------------------------------------- the function
@@ -194,42 +199,41 @@ def paged_attention(
     pages, slots, kv_heads, _ = key_pages.shape
     repeats = heads // kv_heads
     rows = length * repeats
-    query_rows = -(-rows // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    padded = -(-rows // QUERY_ALIGNMENT) * QUERY_ALIGNMENT
     narrow = key_pages.dtype != q.dtype
-    shape = _Shape(batch, kv_heads, dim, query_rows, pages, slots, scale, narrow)
+    shape = _Shape(batch, kv_heads, dim, padded, pages, slots, scale, narrow)
     positions = jnp.clip(positions, -1, page_table.shape[1] * slots - 1)
     plan = _plan(positions, shape.workers)
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, repeats, dim), 2, 1)
     grouped = grouped.reshape(batch, kv_heads, rows, dim)
-    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, query_rows - rows), (0, 0)))
+    grouped = jnp.pad(grouped, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
     limits = jnp.pad(
-        jnp.repeat(positions, repeats, axis=1), ((0, 0), (0, ROWS - rows)), constant_values=-1
+        jnp.repeat(positions, repeats, axis=1), ((0, 0), (0, padded - rows)), constant_values=-1
     )
     factors = None
     if narrow:
         grouped, factors = _in_fp16(grouped)
     arrays = (limits, factors, grouped, key_pages, value_pages)
     parts, weights = _attend(shape, plan, page_table, *arrays)
-    out = merge(rows, plan.rows, parts, weights)[..., :dim]
+    out = merge(plan.rows, parts, weights)[:, :, :rows]
     out = out.reshape(batch, kv_heads, length, repeats, dim)
     return jnp.moveaxis(out, 1, 2).reshape(q.shape)
 
 
 def _in_fp16(
     q: Float[Array, "B G M K"],
-) -> tuple[Float[Array, "B G M K"], Float[Array, "B G R"]]:
+) -> tuple[Float[Array, "B G M K"], Float[Array, "B G M"]]:
     """Queries divided by powers of two, and those; what fp16 then loses is 2^-25 of the largest."""
     _, exponents = jnp.frexp(jnp.max(jnp.abs(q.astype(jnp.float32)), axis=3))
     scaled = jnp.ldexp(q.astype(jnp.float32), -exponents[..., None]).astype(jnp.float16)
-    factors = jnp.ldexp(jnp.ones(exponents.shape, jnp.float32), exponents)
-    return scaled, jnp.pad(factors, ((0, 0), (0, 0), (0, ROWS - q.shape[2])))
+    return scaled, jnp.ldexp(jnp.ones(exponents.shape, jnp.float32), exponents)
 
 
 # ---------------------------------------------------------------- partial results
 
 
 class _Refs(NamedTuple):
-    """In the order of a launch; of pages in bf16 without `factors`, and each `wide` its ring."""
+    """In the order of a launch; of pages in bf16 without `factors` and `wide_values`."""
 
     work: Any
     rows: Any
@@ -240,18 +244,18 @@ class _Refs(NamedTuple):
     keys: Any
     values: Any
     parts: Any
-    weights: Any
+    sums: Any
     queries: Any
     key_ring: Any
     value_ring: Any
-    wide_keys: Any
+    weights: Any
     wide_values: Any
     queries_loaded: Any
     keys_loaded: Any
     values_loaded: Any
 
 
-_OF_NARROW = ("factors", "wide_keys", "wide_values")
+_OF_NARROW = ("factors", "wide_values")
 
 
 # A program of its own, so that a model with many layers holds and lowers the kernel once.
@@ -259,8 +263,8 @@ _OF_NARROW = ("factors", "wide_keys", "wide_values")
 def _attend(shape: _Shape, plan: _Plan, table, limits, factors, q, keys, values):
     """Partial results and their log-sum-exps, base 2.
 
-    The worker w that reads of row b leaves [ROWS, width] and [ROWS] at place b + w of its key head:
-    going along the list, either grows whenever a new partial result begins.
+    The worker w that reads of row b leaves [K, queries] and [queries] at place b + w of its key
+    head: going along the list, either grows whenever a new partial result begins.
     """
     places = shape.batch + shape.workers - 1
     absent = {} if shape.narrow else dict.fromkeys(_OF_NARROW)
@@ -268,23 +272,24 @@ def _attend(shape: _Shape, plan: _Plan, table, limits, factors, q, keys, values)
 
     def buffer(*dims: int, dtype: Any = q.dtype):
         size = jnp.dtype(dtype).itemsize
-        swizzle = 128 if shape.dim * size % 128 == 0 else 64  # bytes
+        swizzle = 128 if dims[-1] * size % 128 == 0 else 64  # bytes
         tiling = untyped.TilingTransform((8, swizzle // size))
         transforms = (tiling, untyped.SwizzleTransform(swizzle))
-        return plgpu.SMEM((*dims, shape.dim), dtype, transforms=transforms)
+        return plgpu.SMEM(dims, dtype, transforms=transforms)
 
     tiles_loaded = plgpu.Barrier(num_arrivals=shape.copies, num_barriers=shape.slots)
     kernel = plgpu.kernel(
         lambda *refs: _work(shape, _Refs(**absent | dict(zip(names, refs, strict=True)))),
         out_type=[
-            jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS, shape.width), jnp.float32),
-            jax.ShapeDtypeStruct((shape.kv_heads, places, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((shape.kv_heads, places, shape.dim, shape.queries), jnp.float32),
+            jax.ShapeDtypeStruct((shape.kv_heads, places, shape.queries), jnp.float32),
         ],
         scratch_types=[
-            buffer(ROWS),
-            buffer(shape.slots, TILE, dtype=keys.dtype),
-            buffer(shape.slots, TILE, dtype=keys.dtype),
-            *([buffer(TILE), buffer(TILE)] if shape.narrow else []),
+            buffer(shape.queries, shape.dim),
+            buffer(shape.slots, TILE, shape.dim, dtype=keys.dtype),
+            buffer(shape.slots, TILE, shape.dim, dtype=keys.dtype),
+            buffer(shape.queries, TILE),
+            *([buffer(TILE, shape.dim)] if shape.narrow else []),
             plgpu.Barrier(),
             tiles_loaded,
             tiles_loaded,
@@ -292,8 +297,9 @@ def _attend(shape: _Shape, plan: _Plan, table, limits, factors, q, keys, values)
         grid=(shape.workers, shape.kv_heads),
         grid_names=("worker", "head"),
         kernel_name="paged_attention",
-        # Rows are reduced within a warp: that takes no shared memory.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=REDUCTION_MEMORY
+        ),
     )
     scales = [factors] if shape.narrow else []
     return kernel(plan.work, plan.rows, table, limits, *scales, q, keys, values)
@@ -349,8 +355,12 @@ def _work(shape: _Shape, refs: _Refs) -> None:
     def row_after_row(carry):
         index, row, ahead = carry
         queries = _begin(share, row)
-        start = (_full((ROWS,), LOWEST, _ROWS), _full((ROWS,), 0.0, _ROWS))
-        start += (_full((ROWS, shape.dim), 0.0, plgpu.Layout.WGMMA), ahead)
+        start = (
+            _full((shape.queries,), LOWEST, _COLUMNS),
+            _full((TILE, shape.queries), 0.0, plgpu.Layout.WGMMA),
+            _full((shape.dim, shape.queries), 0.0, plgpu.Layout.WGMMA),
+            ahead,
+        )
         end = jnp.minimum(row.end, share.count)
         step = functools.partial(_step, share, row, queries)
         top, total, acc, ahead = lax.fori_loop(index, end, step, start)
@@ -411,36 +421,21 @@ def _load(share: _Share, place: _Place, index, what: Literal["key", "value"]) ->
 
 
 def _begin(share: _Share, row: _Row):
-    """Fetch a row's queries; the last key that each row of the product sees, and its factor."""
+    """Fetch a row's queries; the last key that each of them sees, and its factor."""
     refs = share.refs
-    target = refs.queries.at[pl.ds(0, share.shape.query_rows)]
-    plgpu.copy_gmem_to_smem(refs.q.at[row.number, share.head], target, refs.queries_loaded)
-    limits = plgpu.load(refs.limits.at[row.number], layout=_ROWS, optimized=False)
+    plgpu.copy_gmem_to_smem(refs.q.at[row.number, share.head], refs.queries, refs.queries_loaded)
+    limits = plgpu.load(refs.limits.at[row.number], layout=_COLUMNS, optimized=False)
     factors = None
     if share.shape.narrow:
         place = refs.factors.at[row.number, share.head]
-        factors = plgpu.load(place, layout=_ROWS, optimized=False) * (share.shape.scale * LOG2_E)
+        factors = plgpu.load(place, layout=_COLUMNS, optimized=False)
+        factors = factors * (share.shape.scale * LOG2_E)
     plgpu.barrier_wait(refs.queries_loaded)
     return limits, factors
 
 
-def _over_columns(rows, columns: int):
-    return lax.broadcast_in_dim(rows, (ROWS, columns), [0])
-
-
-def _operand(ring, wide):
-    """A tile as the products take it: itself, or a wider copy of it."""
-    if wide is None:
-        return ring
-    if ring.shape[1] % 128:  # swizzled otherwise
-        tile = plgpu.load(ring, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
-    else:
-        tile = plgpu.load(ring, layout=_EIGHTS)
-    # One copy of keys and one of values are enough: all warps meet at the other's, so that none
-    # still reads this one.
-    wide[...] = tile.astype(wide.dtype)
-    plgpu.commit_smem()
-    return wide
+def _over_rows(columns, rows: int):
+    return lax.broadcast_in_dim(columns, (rows, *columns.shape), [1])
 
 
 def _step(share: _Share, row: _Row, queries, index, carry):
@@ -452,49 +447,69 @@ def _step(share: _Share, row: _Row, queries, index, carry):
     first = (index - row.begin) * TILE  # key of the tile
 
     plgpu.barrier_wait(refs.keys_loaded.at[slot])
-    keys = _operand(refs.key_ring.at[slot], refs.wide_keys)
-
-    def score(accumulator):
-        plgpu.wgmma(accumulator, refs.queries, keys.transpose((1, 0)))
-        return accumulator[...]
-
-    scores: Any = pl.run_scoped(score, untyped.ACC((ROWS, TILE), jnp.float32))
-    _load(share, ahead, index + shape.slots, "key")
+    scores = _scores(shape, refs.key_ring.at[slot], refs.queries)
 
     def visible(scores):
-        key = plgpu.broadcasted_iota(jnp.int32, (ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
-        return jnp.where(key <= _over_columns(limits - first, TILE), scores, -jnp.inf)
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=plgpu.Layout.WGMMA)
+        return jnp.where(key <= _over_rows(limits - first, TILE), scores, -jnp.inf)
 
     if factors is None:
-        scores = visible(scores * (shape.scale * LOG2_E))
+        scores = scores * (shape.scale * LOG2_E)
     else:
-        # Copies do not hide the work, of which this is some: most tiles are seen whole.
-        scores = scores * _over_columns(factors, TILE)
-        scores = lax.cond(first + TILE <= row.seen + 1, lambda x: x, visible, scores)
-    new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        scores = scores * _over_rows(factors, TILE)
+    # Copies do not hide the work, of which this is some: most tiles are seen whole.
+    scores = lax.cond(first + TILE <= row.seen + 1, lambda x: x, visible, scores)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=0))
     shrink = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - _over_columns(new_top, TILE))
-    total = total * shrink + jnp.sum(weights, axis=1)
-    acc = acc * _over_columns(shrink, shape.dim)
-
-    plgpu.barrier_wait(refs.values_loaded.at[slot])
-    values = _operand(refs.value_ring.at[slot], refs.wide_values)
-    last = row.last - first
-    pl.when(last < TILE - 1)(lambda: _clear(values, last))
+    weights = jnp.exp2(scores - _over_rows(new_top, TILE))
+    total = total * _over_rows(shrink, TILE) + weights
+    acc = acc * _over_rows(shrink, shape.dim)
     if shape.narrow:
         weights = weights * ENLARGED
-    acc = _add_product(acc, weights.astype(values.dtype), values)
+    weights = plgpu.layout_cast(weights.astype(refs.weights.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    refs.weights.transpose((1, 0))[...] = weights
+
+    plgpu.barrier_wait(refs.values_loaded.at[slot])
+    values = refs.value_ring.at[slot]
+    if shape.narrow:
+        refs.wide_values[...] = _widened(values, _EIGHTS)
+        values = refs.wide_values
+    last = row.last - first
+    pl.when(last < TILE - 1)(lambda: _clear(values, last))
+    plgpu.commit_smem()
+    _load(share, ahead, index + shape.slots, "key")
+    acc = acc + _product(values.transpose((1, 0)), refs.weights.transpose((1, 0)))
     _load(share, ahead, index + shape.slots, "value")
     return new_top, total, acc, _next(share, ahead, index + shape.slots)
 
 
-def _add_product(acc, weights, values):
-    """The sum of acc and weights @ values; jax's interpreter has no product from registers."""
+def _widened(tile, layout):
+    """A tile of fp8 in fp16, in this layout if the tile is so swizzled that it can be."""
+    if tile.shape[1] % 128:
+        tile = plgpu.load(tile, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+    else:
+        tile = plgpu.load(tile, layout=layout)
+    return tile.astype(jnp.float16)
 
-    def add(accumulator):
-        plgpu.wgmma(accumulator, weights, values)
 
-    return pl.run_state(add)(untyped.ACC.init(acc))
+def _scores(shape: _Shape, keys, queries):
+    """The products of all keys of a tile with all queries, in fp32."""
+    if shape.narrow:
+        keys = _widened(keys, plgpu.Layout.WGMMA_UPCAST_2X)
+        keys = plgpu.layout_cast(keys, plgpu.Layout.WGMMA)
+    return _product(keys, queries.transpose((1, 0)))
+
+
+def _product(left, right):
+    """In fp32; jax's interpreter has none whose left operand is in registers."""
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    accumulator = untyped.ACC((left.shape[0], right.shape[1]), jnp.float32)
+    product: Any = pl.run_scoped(multiply, accumulator)
+    return product
 
 
 def _clear(values, last) -> None:
@@ -502,15 +517,15 @@ def _clear(values, last) -> None:
     kept = plgpu.load(values, layout=plgpu.Layout.WGMMA)
     key = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=plgpu.Layout.WGMMA)
     values[...] = jnp.where(key <= last, kept, jnp.zeros_like(kept))
-    plgpu.commit_smem()
 
 
 def _finish(share: _Share, row: _Row, top, total, acc) -> None:
     """Leave the partial result of a row."""
-    refs, dim = share.refs, share.shape.dim
+    refs = share.refs
     place = (share.head, row.number + share.worker)
+    total = jnp.sum(total, axis=0)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     divisor = total * ENLARGED if share.shape.narrow else total
-    refs.parts.at[(*place, slice(None), pl.ds(0, dim))][...] = acc / _over_columns(divisor, dim)
-    refs.weights.at[place][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, LOWEST)
+    refs.parts.at[place][...] = acc / _over_rows(divisor, share.shape.dim)
+    refs.sums.at[place][...] = jnp.where(seen, top + jnp.log(total) * LOG2_E, LOWEST)

@@ -1,9 +1,11 @@
 """Partial results of attention on Hopper GPUs made one: the second kernel of `gpu_decode`.
 
-Each program has up to 128 values of one query, and reads some partial results at a time.
+Each program has 64 values of all queries of a row and key head, and reads some partial results at a
+time. They lie as the first kernel makes them, queries side by side, and are turned on the way out.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,77 +14,85 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-MERGE_WIDTH = 128  # values a warpgroup holds one each
+BLOCK = 64  # values of a program
 MERGED = 8  # partial results read at a time
 LOWEST = -1e38  # below any score, and its differences are finite
 FIRST_WORKER, NUM_WORKERS = 4, 5  # columns of a plan of rows
 
 
-def padded(dim: int) -> int:
-    """Head size of partial results for heads of this size."""
-    return -(-dim // MERGE_WIDTH) * MERGE_WIDTH
+untyped: Any = plgpu  # parts of its interface that type checkers do not see
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def merge(
-    rows: int,
     row_plan: Int[Array, "B 7"],
-    parts: Float[Array, "G P R W"],
-    weights: Float[Array, "G P R"],
-) -> Float[Array, "B G M W"]:
+    parts: Float[Array, "G P K M"],
+    sums: Float[Array, "G P M"],
+) -> Float[Array, "B G M K"]:
     """The partial results of each row weighted by their log-sum-exps, in bf16.
 
     Args:
-      rows: M, of a product that are queries.
       row_plan: of each row, among others, the first worker that has read of it and how many have.
-      parts: partial results, that of worker w for row b at place b + w; W is `padded(K)`.
-      weights: their log-sum-exps, base 2.
+      parts: partial results, that of worker w for row b at place b + w; K and M are multiples of 64
+        and of 8.
+      sums: their log-sum-exps, base 2.
     """
+    kv_heads, _, dim, queries = parts.shape
 
-    def body(plan, parts, weights, out):
-        row, head, m, block = (lax.axis_index(name) for name in ("row", "head", "m", "block"))
-        columns = pl.ds(block * MERGE_WIDTH, MERGE_WIDTH)
+    def body(plan, parts, sums, out, turned):
+        row, head, block = (lax.axis_index(name) for name in ("row", "head", "block"))
+        own = pl.ds(block * BLOCK, BLOCK)
         first, number = row + plan[row, FIRST_WORKER], plan[row, NUM_WORKERS]
+
+        def load(source, layout):
+            return plgpu.load(source, layout=layout, optimized=False)
+
+        def over_rows(columns):
+            return lax.broadcast_in_dim(columns, (BLOCK, queries), [1])
 
         def some(i, carry):
             """The next partial results; those past the last are the last, with weight 0."""
             top, total, acc = carry
             index = [i * MERGED + j for j in range(MERGED)]
             places = [first + jnp.minimum(j, number - 1) for j in index]
-            exponents = [weights[head, place, m] for place in places]
-            values = [
-                plgpu.load(
-                    parts.at[head, place, m, columns],
-                    layout=plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1),
-                    optimized=False,
-                )
-                for place in places
-            ]
+            exponents = [load(sums.at[head, place], _COLUMNS) for place in places]
+            values = [load(parts.at[head, place, own], plgpu.Layout.WGMMA) for place in places]
             new_top = functools.reduce(jnp.maximum, exponents, top)
             shrink = jnp.exp2(top - new_top)
-            total, acc = total * shrink, acc * shrink
+            total, acc = total * shrink, acc * over_rows(shrink)
             for j, exponent, value in zip(index, exponents, values, strict=True):
-                weight = jnp.where(j < number, jnp.exp2(exponent - new_top), 0.0)
-                total, acc = total + weight, acc + value * weight
+                weight = jnp.exp2(exponent - new_top) * jnp.where(j < number, 1.0, 0.0)
+                total, acc = total + weight, acc + value * over_rows(weight)
             return new_top, total, acc
 
-        zeros = plgpu.layout_cast(
-            jnp.zeros((MERGE_WIDTH,), jnp.float32), plgpu.Layout.WG_STRIDED((MERGE_WIDTH,), 1)
+        def full(shape, value, layout):
+            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+        start = (
+            full((queries,), LOWEST, _COLUMNS),
+            full((queries,), 0.0, _COLUMNS),
+            full((BLOCK, queries), 0.0, plgpu.Layout.WGMMA),
         )
-        start = (jnp.float32(LOWEST), jnp.float32(0), zeros)
         steps = lax.div(number + (MERGED - 1), jnp.int32(MERGED))
         top, total, acc = lax.fori_loop(0, steps, some, start)
-        inverse = jnp.where(top > LOWEST, 1 / jnp.where(top > LOWEST, total, 1.0), 0.0)
-        out.at[row, head, m, columns][...] = (acc * inverse).astype(jnp.bfloat16)
+        seen = top > LOWEST
+        inverse = jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0)
+        merged = (acc * over_rows(inverse)).astype(jnp.bfloat16)
+        merged = plgpu.layout_cast(merged, plgpu.Layout.WGMMA_TRANSPOSED)
+        turned.transpose((1, 0))[...] = merged
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(turned, out.at[row, head, :, own])
+        plgpu.wait_smem_to_gmem(0)
 
-    batch, (kv_heads, _, _, width) = row_plan.shape[0], parts.shape
-    blocks = width // MERGE_WIDTH
+    transforms = (untyped.TilingTransform((8, 64)), untyped.SwizzleTransform(128))
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((batch, kv_heads, rows, width), jnp.bfloat16),
-        grid=(blocks, rows, kv_heads, batch),
-        grid_names=("block", "m", "head", "row"),
+        out_type=jax.ShapeDtypeStruct((row_plan.shape[0], kv_heads, queries, dim), jnp.bfloat16),
+        scratch_types=[plgpu.SMEM((queries, BLOCK), jnp.bfloat16, transforms=transforms)],
+        grid=(dim // BLOCK, kv_heads, row_plan.shape[0]),
+        grid_names=("block", "head", "row"),
         kernel_name="paged_attention_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(row_plan, parts, weights)
+    return kernel(row_plan, parts, sums)
