@@ -79,16 +79,17 @@ def compare_two(
     arguments: Callable[..., list[Any]],
     partition: Partition,
     **about: Any,
-) -> Any:
-    """A row: an operation on one device and on two; returns the second program.
+) -> dict[int, Any]:
+    """A row: an operation on one device and on two; returns the programs, by number of devices.
 
     Args:
       make: the function, for a partition or None.
       arguments: (partition or None, whether shapes alone) -> its arrays.
     """
-    times, seen, program = {}, [], None
+    times, seen, programs = {}, [], {}
     for devices, where in ((1, None), (DEVICES, partition)):
         program = jax.jit(make(where)).lower(*arguments(where, True)).compile()
+        programs[devices] = program
         arrays = arguments(where, False)
         seen.append(samples(program(*arrays)))
         # Several calls in the queue: the host takes longer to start a program on two devices.
@@ -97,7 +98,7 @@ def compare_two(
         del arrays
     emit(part=part, ms_one=times[1], ms_two=times[DEVICES], times=times[1] / times[DEVICES],
          error=relative(seen[1], seen[0]), **about)  # fmt: skip
-    return program
+    return programs
 
 
 # ---------------------------------------------------------------- one row, its tokens split
@@ -135,7 +136,7 @@ def lasp(emit: Emit, setting: Setting) -> None:
 
     for name, tensors in (("out", 3), ("forward", 3), ("both", 4)):
         heads, shapes = fitting(setting, make(name, None), tensors)
-        program = compare_two(
+        programs = compare_two(
             emit,
             "lasp",
             functools.partial(make, name),
@@ -147,7 +148,7 @@ def lasp(emit: Emit, setting: Setting) -> None:
         )
         if setting.trace and name == "both":
             arrays = row_arrays(shapes, partition, False)
-            trace(emit, setting, "lasp", functools.partial(program, *arrays))
+            trace(emit, setting, "lasp", functools.partial(programs[DEVICES], *arrays))
 
 
 def fitting(
@@ -200,7 +201,7 @@ def layer(emit: Emit, setting: Setting) -> None:
         return both if backward else forward
 
     for backward in (False, True):
-        program = compare_two(
+        programs = compare_two(
             emit,
             "layer",
             functools.partial(make, backward),
@@ -211,10 +212,11 @@ def layer(emit: Emit, setting: Setting) -> None:
             heads=config.num_heads,
             embed=config.embed_dim,
         )
-        if setting.trace:
-            name = "layer_both" if backward else "layer"
-            arrays = arguments(backward, partition, False)
+        for devices, program in programs.items() if setting.trace else ():
+            name = f"layer{'_both' if backward else ''}_{devices}"
+            arrays = arguments(backward, partition if devices > 1 else None, False)
             trace(emit, setting, name, functools.partial(program, *arrays))
+            del arrays
 
 
 def ring(emit: Emit, setting: Setting) -> None:

@@ -9,6 +9,7 @@ from pallas_kernels.expert_mixture.api import supported as expert_mixture_suppor
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.lightning_attention.api import lightning_attention as lightning_attention
 from pallas_kernels.lightning_attention.api import lightning_decode_step as lightning_decode_step
+from pallas_kernels.lightning_attention.api import lightning_state as lightning_state
 from pallas_kernels.paged_attention.api import paged_attention as paged_attention
 from pallas_kernels.skinny_matmul.api import skinny_matmul as skinny_matmul
 from pallas_kernels.skinny_matmul.api import supported as skinny_matmul_supported
@@ -24,6 +25,7 @@ __all__ = [
     "grouped_matmul",
     "lightning_attention",
     "lightning_decode_step",
+    "lightning_state",
     "paged_attention",
     "skinny_matmul",
     "skinny_matmul_supported",

@@ -15,9 +15,9 @@ with one more gather, of the Z_i.
 Own states come first and the output second, begun from the state that enters: no output is made
 twice, none is corrected (which would read q again, and read, round and write the output again), and
 the one backward pass of the kernel gives final gradients. A pass for states alone reads keys and
-values and makes no output; where a kernel has one launch for outputs and one for states, as on
-Hopper GPUs, the two passes together are what one device would do for output and final state. Z_i is
-an own state as well: that of the shard read backwards, with q for keys and g for values.
+values and makes no output; on Hopper GPUs it reads only what has not decayed to nothing by the end
+of the shard. Z_i is an own state as well: that of the shard read backwards, with q for keys and g
+for values.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,6 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
-from pallas_kernels import platform
 from pallas_kernels.dispatch import accumulation_dtype
 from pallas_kernels.lightning_attention.segments import segment_runs
 from sharding.mesh import AxisName
@@ -100,15 +99,18 @@ class _Kernel:
             implementation=self.implementation,
         )
 
-    def own_state(self, k, v, slopes, ids) -> Float[Array, "B H K V"]:
-        """The state that these tokens leave from zero; nobody asks for the output."""
-        kernel = self
-        if self.implementation == "pallas_tpu" or (
-            self.implementation is None and platform.target() == "tpu"
-        ):
-            # That kernel makes output and state in one sweep, of which nothing can be dropped.
-            kernel = _Kernel(self.axis_name, self.chunk_size, "xla")
-        return kernel.attend(k, k, v, slopes, None, ids)[1]
+    def own_state(self, k, v, slopes, ids, *, reverse: bool = False) -> Float[Array, "B H K V"]:
+        """The state that these tokens leave from zero."""
+        alone = self.implementation in (None, "pallas_gpu")  # the others have no kernel for it
+        return pallas_kernels.lightning_state(
+            k,
+            v,
+            slopes,
+            segment_ids=ids,
+            reverse=reverse,
+            chunk_size=self.chunk_size,
+            implementation=self.implementation if alone else "xla",
+        )
 
 
 class _Shards(NamedTuple):
@@ -201,8 +203,7 @@ def _attend_backward(kernel: _Kernel, saved, gradients):
     n, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     if isinstance(grad_out, SymbolicZero):
         grad_out = jnp.zeros(grad_out.shape, q.dtype)
-    backwards_ids = None if ids is None else jnp.flip(ids, 1)
-    own = kernel.own_state(jnp.flip(q, 1), jnp.flip(grad_out, 1), slopes, backwards_ids)
+    own = kernel.own_state(q, grad_out.astype(q.dtype), slopes, ids, reverse=True)
     # A token reads the state after its own decay.
     own = own * jnp.exp(-slopes.astype(own.dtype))[:, None, None]
     if isinstance(grad_final, SymbolicZero):

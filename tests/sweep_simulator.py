@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK, CENTRE = 64, 32
+RING = 3  # chunks that a sweep for states reads at least
 
 
 def _rows(sweep, tokens, code):
@@ -54,6 +55,7 @@ def run(
     *,
     seeds=None,
     bookkeeping=None,
+    starts=None,
     segments=1,
     splits=1,
     final=False,
@@ -69,6 +71,12 @@ def run(
     streams = jnp.pad(streams, ((0, 0), (0, 0), (0, total - length), (0, 0), (0, 0)))
     streams = streams.reshape(len(arrays), batch, segments, chunks, CHUNK, heads, dim)
     streams = streams.transpose(1, 5, 2, 0, 3, 4, 6)
+    if starts is not None:
+        (sweep,) = sweeps
+        first = jnp.minimum(starts.reshape(batch, heads, segments), max(chunks - RING, 0))
+        order = jnp.arange(chunks)[::-1] if sweep.reverse else jnp.arange(chunks)
+        read = order >= first[..., None]
+        streams = jnp.where(read[:, :, :, None, :, None, None], streams, 0)
     outs, finals = [], []
     for i, sweep in enumerate(sweeps):
         shape = (batch, heads, segments, dim, dim)

@@ -105,12 +105,13 @@ def test_kernel_lowers_for_cuda(shape, packed):
 def test_plan_fills_the_multiprocessors():
     assert gpu_hopper.plan(256, 16384, 128) == gpu_hopper.Plan(1, 1, 1)
     assert gpu_hopper.plan(64, 65536, 128).splits == 2
-    assert gpu_hopper.plan(8, 65536, 128).segments == 16
+    assert gpu_hopper.plan(8, 65536, 128) == gpu_hopper.Plan(16, 1, 16)
+    assert gpu_hopper.plan(16, 131072, 128) == gpu_hopper.Plan(8, 1, 32)
     for heads in range(1, 300):
         for length in (1, 64, 1500, 65536):
             cut = gpu_hopper.plan(heads, length, 128)
             assert cut.segments >= 1
-            assert cut.state_segments >= cut.segments
+            assert cut.state_segments % cut.segments == 0
             assert cut.segments == 1 or cut.splits == 1
             assert length // cut.state_segments >= min(length, gpu_hopper.MIN_SEGMENT)
 

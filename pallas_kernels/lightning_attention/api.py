@@ -15,6 +15,12 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("xla", xla.lightning_attention),
     dispatch.Implementation("reference", reference.lightning_attention, automatic=False),
 )
+STATE_IMPLEMENTATIONS = (
+    dispatch.Implementation(
+        "pallas_gpu", gpu_hopper.lightning_state, unsupported=gpu_hopper.unsupported_state
+    ),
+    dispatch.Implementation("xla", xla.lightning_state),
+)
 DECODE_IMPLEMENTATIONS = (
     dispatch.Implementation(
         "pallas_gpu", gpu_decode.lightning_decode_step, unsupported=gpu_decode.unsupported
@@ -88,6 +94,52 @@ def lightning_attention(
     )
     with jax.named_scope("attend"):
         return chosen.call(q, k, v, decay_slopes, **arguments)
+
+
+def lightning_state(
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay_slopes: Float[Array, "H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B H K V"]:
+    """The final state of `lightning_attention`, begun at zero and without the output.
+
+    Args:
+      k, v, decay_slopes, segment_ids, chunk_size: see `lightning_attention`.
+      reverse: the state that the rows leave when they are read from their end.
+      implementation: 'pallas_gpu', 'xla'; None is the best available. The first has no gradient.
+
+    Returns:
+      The state in fp32. What is decayed below e^-88 in it is left out, and not read on a GPU.
+
+    Raises:
+      ValueError, NotImplementedError: as `lightning_attention`.
+    """
+    name = "lightning_state"
+    if k.ndim != 4 or 0 in k.shape:
+        raise ValueError(f"{name}: k has shape {k.shape}; it must be [B, T, H, K], none of them 0")
+    dispatch.require_shape(name, "v", v, (*k.shape[:3], max((1, *v.shape[-1:]))))
+    _check_slopes(name, decay_slopes, k.shape[2])
+    dispatch.require_one_dtype(name, k=k, v=v)
+    if segment_ids is not None:
+        dispatch.require_shape(name, "segment_ids", segment_ids, k.shape[:2])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size is {chunk_size}; it must be at least 1")
+    arguments = dict(
+        segment_ids=segment_ids,
+        reverse=reverse,
+        chunk_size=min(k.shape[1], chunk_size or DEFAULT_CHUNK_SIZE),
+    )
+    decay_slopes = jax.lax.stop_gradient(decay_slopes)
+    chosen = dispatch.select(
+        name, STATE_IMPLEMENTATIONS, implementation, k, v, decay_slopes, **arguments
+    )
+    with jax.named_scope("attend"):
+        return chosen.call(k, v, decay_slopes, **arguments)
 
 
 def lightning_decode_step(

@@ -26,6 +26,9 @@ MAX_SLOPE = 2.0
 MULTIPROCESSORS = 132
 TMA_ROWS = 8  # the granularity of the copies that tile rows for the tensor cores
 MIN_SEGMENT = 1024  # tokens; below, the pass that makes the segments' states costs what it saves
+MIN_PIECE = 4096  # tokens of a part of a segment; below, writing its state costs what it saves
+MAX_STATE_SEGMENTS = 64  # they are summed each with each
+FADED = 88.0  # e^-88 is below the smallest normal number of fp32
 
 # Arrays of a launch are (q, k, v) and, in the backward pass, the gradient of the output.
 _FORWARD = Sweep(keys=1, values=2, outputs=(Output(0),))
@@ -62,24 +65,36 @@ class Plan:
     Attributes:
       segments: pieces of a row for the outputs, forward and backward.
       splits: blocks that share the columns of the forward's output.
-      state_segments: pieces of a row for the final state; `segments` if that is more than one.
+      state_segments: pieces of a row for the states; a multiple of `segments`, whose states they
+        are summed to.
     """
 
     segments: int
     splits: int
     state_segments: int
 
+    @property
+    def pieces(self) -> int:
+        """State segments after which a state is used: a segment's, or all for the final one."""
+        return self.state_segments // self.segments
+
 
 def plan(batch_heads: int, length: int, dim: int) -> Plan:
     """Fill the multiprocessors and no more (measured, benchmarks/results/lightning_h200.json).
 
     Splitting columns costs the least; with fewer heads rows are cut into segments, which reads keys
-    and values a second time to find the state each begins with.
+    and values a second time to find the state each begins with. Heads that forget fast leave most
+    of that out, so it is cut into smaller pieces still, for the others to fill the multiprocessors.
     """
     wanted = max(1, MULTIPROCESSORS // batch_heads)
     longest = max(1, length // MIN_SEGMENT)
     if wanted > 2 and longest > 1:
         segments = min(1 << (wanted.bit_length() - 1), longest)
+        for pieces in (4, 2):
+            number = segments * pieces
+            same_chunks = pieces * _chunks(length, number) == _chunks(length, segments)
+            if same_chunks and number <= min(length // MIN_PIECE, MAX_STATE_SEGMENTS):
+                return Plan(segments, 1, number)
         return Plan(segments, 1, segments)
     # Making states is bound by memory, so two blocks' worth of work for each multiprocessor.
     state_segments = min(longest, 1 << (2 * MULTIPROCESSORS // batch_heads).bit_length() >> 1)
@@ -104,16 +119,10 @@ def lightning_attention(
     other rows are not copied.
     """
     del chunk_size
-    slopes = decay_slopes.astype(jnp.float32)
-    slopes = jnp.where(slopes > MAX_SLOPE, jnp.nan, slopes)  # loud where nothing can be raised
-    key_dim, value_dim = k.shape[3], v.shape[3]
+    slopes = _checked(decay_slopes)
+    length, key_dim, value_dim = *k.shape[1::2], v.shape[3]
     dim = 64 if max(key_dim, value_dim) <= 64 else 128
-    length = q.shape[1]
-    if length % TMA_ROWS:
-        if segment_ids is None:
-            segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-        q, k, v, segment_ids = (_padded(x, 1, TMA_ROWS) for x in (q, k, v, segment_ids))
-    q, k, v = (_padded(x, 3, dim) for x in (q, k, v))
+    (q, k, v), segment_ids = _fitted((q, k, v), segment_ids, dim)
     if initial_state is not None:
         initial_state = _padded(_padded(initial_state.astype(jnp.float32), 2, dim), 3, dim)
     cut = plan(q.shape[0] * q.shape[2], q.shape[1], dim)
@@ -146,6 +155,74 @@ def lightning_attention(
     return out[:, :length, :, :value_dim], state[:, :, :key_dim, :value_dim]
 
 
+def lightning_state(
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay_slopes: Float[Array, "H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    reverse: bool,
+    chunk_size: int,
+    interpret: Any = None,
+) -> Float[Array, "B H K V"]:
+    """The kernel's form of `pallas_kernels.lightning_state`."""
+    del chunk_size
+    slopes = _checked(decay_slopes)
+    key_dim, value_dim = k.shape[3], v.shape[3]
+    dim = 64 if max(key_dim, value_dim) <= 64 else 128
+    (k, v), segment_ids = _fitted((k, v), segment_ids, dim)
+    batch, length, heads, _ = k.shape
+    segments = plan(batch * heads, length, dim).state_segments
+    ids = _ids_if_needed(segment_ids, batch, length, segments)
+    track = _track(ids, length, segments, every=segments, reverse=reverse)
+    sweep = Sweep(keys=0, values=1, reverse=reverse)
+
+    def block(key: int, value: int):
+        arrays = k[..., key : key + dim], v[..., value : value + dim]
+        states = _states(sweep, arrays, slopes, None, *track, segments, segments, interpret)
+        return _true_state(slopes, states[:, :, -1], dim)
+
+    blocks = [
+        [block(key, value) for value in range(0, v.shape[3], dim)]
+        for key in range(0, k.shape[3], dim)
+    ]
+    state = jnp.concatenate([jnp.concatenate(row, axis=3) for row in blocks], axis=2)
+    return state[:, :, :key_dim, :value_dim]
+
+
+def unsupported_state(
+    k: Array,
+    v: Array,
+    decay_slopes: Array,
+    *,
+    segment_ids: Array | None,
+    reverse: bool,
+    chunk_size: int,
+) -> str | None:
+    """Why `lightning_state` cannot serve these arguments, or None."""
+    del reverse
+    return unsupported(
+        k, k, v, decay_slopes, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size
+    )
+
+
+def _checked(decay_slopes: Float[Array, "H"]) -> Float[Array, "H"]:
+    slopes = decay_slopes.astype(jnp.float32)
+    return jnp.where(slopes > MAX_SLOPE, jnp.nan, slopes)  # loud where nothing can be raised
+
+
+def _fitted(
+    arrays: tuple[Array, ...], segment_ids: Array | None, dim: int
+) -> tuple[tuple[Array, ...], Array | None]:
+    """Rows and channels padded to what the kernel takes."""
+    batch, length = arrays[0].shape[:2]
+    if length % TMA_ROWS:
+        if segment_ids is None:
+            segment_ids = jnp.ones((batch, length), jnp.int32)
+        segment_ids = _padded(segment_ids, 1, TMA_ROWS)
+    return tuple(_padded(_padded(x, 1, TMA_ROWS), 3, dim) for x in arrays), segment_ids
+
+
 def _padded(x: Array, axis: int, multiple: int) -> Array:
     excess = -x.shape[axis] % multiple
     if not excess:
@@ -172,22 +249,45 @@ class _Pieces:
       runs: number of the packed sample each segment ends in, [b, segments].
       tokens: real tokens up to the end of each segment, [b, segments].
       last: real tokens in the last chunk of each segment, [b, segments].
+      after: real tokens behind each chunk of a segment, as far as where its state is used; very
+        many if another sample has begun by then.
     """
 
     runs: Int[Array, "b N"]
     tokens: Int[Array, "b N"]
     last: Int[Array, "b N"]
+    after: Int[Array, "b N C"]
+
+
+def _chunks(length: int, segments: int) -> int:
+    """Of a segment."""
+    return math.ceil(math.ceil(length / segments) / CHUNK)
 
 
 def _track(
-    segment_ids: Int[Array, "B T"] | None, length: int, segments: int, *, reverse: bool
+    segment_ids: Int[Array, "B T"] | None,
+    length: int,
+    segments: int,
+    *,
+    every: int = 1,
+    reverse: bool,
 ) -> tuple[_Pieces, Bookkeeping | None]:
-    """The bookkeeping of one direction; None for plain rows, which every segment must fill."""
-    chunks = math.ceil(math.ceil(length / segments) / CHUNK)
+    """The bookkeeping of one direction; None for plain rows, which every segment must fill.
+
+    States are used after `every` so many segments.
+    """
+    chunks = _chunks(length, segments)
+
+    def used(x: Int[Array, "b N*C"]) -> Int[Array, "b N*C"]:
+        """What there is at each chunk, of the chunk after which its state is used."""
+        return jnp.repeat(x[:, every * chunks - 1 :: every * chunks], every * chunks, axis=1)
+
     if segment_ids is None:
-        size = chunks * CHUNK
-        tokens = jnp.arange(1, segments + 1, dtype=jnp.int32)[None] * size
-        return _Pieces(jnp.zeros_like(tokens), tokens, jnp.full_like(tokens, CHUNK)), None
+        through = jnp.arange(1, segments * chunks + 1, dtype=jnp.int32)[None] * CHUNK
+        after = (used(through) - through).reshape(1, segments, chunks)
+        tokens = through[:, chunks - 1 :: chunks]
+        last = jnp.full_like(tokens, CHUNK)
+        return _Pieces(jnp.zeros_like(tokens), tokens, last, after), None
     total = segments * chunks * CHUNK
     ids = jnp.pad(segment_ids, ((0, 0), (0, total - length)))
     if reverse:
@@ -208,13 +308,17 @@ def _track(
     codes = gpu_sweep.pack_chunk(plain, count[:, :, -1], limit[:, :, -1])
     if reverse:
         tokens, codes = tokens[:, ::-1], codes[:, ::-1]
-    ends = slice(chunks * CHUNK - 1, None, chunks * CHUNK)
-    pieces = _Pieces(
-        runs[:, ends],
-        jnp.cumsum(real, axis=1, dtype=jnp.int32)[:, ends],
-        count[:, chunks - 1 :: chunks, -1],
+    through = jnp.cumsum(count[:, :, -1], axis=1, dtype=jnp.int32)
+    run = runs[:, CHUNK - 1 :: CHUNK]
+    after = jnp.where(run == used(run), used(through) - through, jnp.iinfo(jnp.int32).max)
+    ends = slice(chunks - 1, None, chunks)
+    found = _Pieces(
+        run[:, ends],
+        through[:, ends],
+        count[:, ends, -1],
+        after.reshape(batch, segments, chunks),
     )
-    return pieces, Bookkeeping(tokens, codes)
+    return found, Bookkeeping(tokens, codes)
 
 
 def _decay(slopes: Float[Array, "H"], tokens: Int[Array, "b *n"]) -> Float[Array, "b H *n"]:
@@ -249,19 +353,25 @@ def _states(
     pieces: _Pieces,
     bookkeeping: Bookkeeping | None,
     segments: int,
+    every: int,
     interpret: Any,
-) -> Float[Array, "B H N+1 DD"]:
-    """The state entering each segment, in processing order and entering units, and after the last.
+) -> Float[Array, "B H U+1 DD"]:
+    """The state before the first of so many segments and after `every` of them; entering units.
 
-    End states of all segments are made side by side; then each is summed with the decay of the
-    tokens between, as far as no packed sample begins in between.
+    End states of all segments are made side by side, in processing order; then they are summed with
+    the decay of the tokens between, as far as no packed sample begins in between. What decays to
+    nothing until its state is used is not read.
     """
     batch, _, heads, dim = arrays[0].shape
+    faded = slopes[:, None, None] * pieces.after[:, None].astype(jnp.float32) > FADED
+    starts = jnp.sum(faded, axis=3, dtype=jnp.int32)
+    starts = jnp.broadcast_to(starts, (batch, *starts.shape[1:])).reshape(batch * heads, segments)
     (ends,) = gpu_sweep.run(
         (Sweep(sweep.keys, sweep.values, (), sweep.reverse),),
         arrays,
         slopes,
         bookkeeping=None if bookkeeping is None else [bookkeeping],
+        starts=starts[:, ::-1] if sweep.reverse else starts,
         segments=segments,
         final=True,
         interpret=interpret,
@@ -269,10 +379,12 @@ def _states(
     ends = ends.reshape(batch, heads, segments, dim * dim)
     if sweep.reverse:
         ends = ends[:, :, ::-1]
-    # Row g: the state after segment g. Column p: what segment p adds to it.
-    runs, tokens = pieces.runs, pieces.tokens
-    inherits = jnp.tril(runs[:, :, None] == runs[:, None, :])
-    between = jnp.where(inherits, tokens[:, :, None] - tokens[:, None, :], 0)
+    # Row u: the state after u + 1 times `every` segments. Column p: what segment p adds to it.
+    index = jnp.arange(segments)
+    earlier = index[every - 1 :: every, None] >= index
+    runs, tokens = (x[:, every - 1 :: every] for x in (pieces.runs, pieces.tokens))
+    inherits = earlier & (runs[:, :, None] == pieces.runs[:, None, :])
+    between = jnp.where(inherits, tokens[:, :, None] - pieces.tokens[:, None, :], 0)
     weights = _decay(slopes, between + pieces.last[:, None, :]) * inherits[:, None]
     weights = jnp.broadcast_to(weights, (batch, *weights.shape[1:]))
     states = jnp.einsum("bhgp,bhpx->bhgx", weights, ends, precision=jax.lax.Precision.HIGHEST)
@@ -324,21 +436,31 @@ def _attend_forward(static, q, k, v, slopes, initial_state, segment_ids):
     """Output and final state come from launches of their own: XLA drops the one nobody uses."""
     batch, length, heads, dim = q.shape
     cut, arrays = static.plan, (q, k, v)
-    ids = _ids_if_needed(segment_ids, batch, length, cut.state_segments)
-    track = _track(ids, length, cut.state_segments, reverse=False)
+    number = cut.state_segments
+    ids = _ids_if_needed(segment_ids, batch, length, number)
+    pieces, bookkeeping = _track(ids, length, number, every=cut.pieces, reverse=False)
     states = _states(
-        _FORWARD, arrays, slopes, initial_state, *track, cut.state_segments, static.interpret
+        _FORWARD,
+        arrays,
+        slopes,
+        initial_state,
+        pieces,
+        bookkeeping,
+        number,
+        cut.pieces,
+        static.interpret,
     )
     state = _true_state(slopes, states[:, :, -1], dim)
 
     seeds = None
     if cut.segments > 1:
         seeds = _seeds(states, dim, reverse=False)
-    elif initial_state is not None:
-        seeds = _entering(slopes, initial_state, reverse=False)
-        seeds = seeds.reshape(batch * heads, 1, dim, dim)
-    ids = _ids_if_needed(segment_ids, batch, length, cut.segments)
-    _, bookkeeping = _track(ids, length, cut.segments, reverse=False)
+    else:
+        if initial_state is not None:
+            seeds = _entering(slopes, initial_state, reverse=False)
+            seeds = seeds.reshape(batch * heads, 1, dim, dim)
+        ids = _ids_if_needed(segment_ids, batch, length, 1)
+        _, bookkeeping = _track(ids, length, 1, reverse=False)
     (out,) = gpu_sweep.run(
         (_FORWARD,),
         arrays,
@@ -356,13 +478,22 @@ def _attend_backward(static, residuals, grads):
     q, k, v, slopes, seeds, ids = residuals
     grad_out, grad_state = grads
     batch, length, heads, dim = q.shape
-    segments = static.plan.segments
+    cut = static.plan
     arrays = (q, k, v, grad_out.astype(q.dtype))
-    pieces, backwards = _track(ids, length, segments, reverse=True)
-    _, forwards = _track(ids, length, segments, reverse=False)
+    segments, number = cut.segments, cut.state_segments if cut.segments > 1 else 1
+    pieces, backwards = _track(ids, length, number, every=number // segments, reverse=True)
+    _, forwards = _track(ids, length, number, reverse=False)
     if segments > 1:
         states = _states(
-            _GRAD_VK, arrays, slopes, grad_state, pieces, backwards, segments, static.interpret
+            _GRAD_VK,
+            arrays,
+            slopes,
+            grad_state,
+            pieces,
+            backwards,
+            number,
+            cut.pieces,
+            static.interpret,
         )
         grad_seeds = _seeds(states, dim, reverse=True)
     else:

@@ -98,6 +98,7 @@ class Refs:
     seed: Any
     tokens: Any
     chunks: Any
+    starts: Any
     outputs: Sequence[Any]
     final: Any
     keys: Any
@@ -186,6 +187,14 @@ def _slot(t, slots: int):
     return lax.rem(t, jnp.int32(slots))
 
 
+def _first_chunk(block: Block, refs: Refs):
+    """Where the sweep begins; it always fills its ring."""
+    if refs.starts is None:
+        return jnp.int32(0)
+    latest = max(block.launch.chunks - block.launch.slots, 0)
+    return jnp.minimum(refs.starts[block.batch_head, block.segment], latest)
+
+
 def move_memory(block: Block, refs: Refs) -> None:
     """Keep the ring of chunks full."""
     launch, sweep = block.launch, block.sweep
@@ -200,10 +209,11 @@ def move_memory(block: Block, refs: Refs) -> None:
         for output, target in zip(sweep.outputs, refs.reads, strict=False):
             copy(output.reads, slice(None), target)
 
+    first = _first_chunk(block, refs)
     for i in range(min(launch.slots, launch.chunks)):
-        load(jnp.int32(i), i)
+        load(first + i, _slot(first + i, launch.slots))
 
-    @pl.loop(0, launch.chunks - launch.slots)
+    @pl.loop(first, launch.chunks - launch.slots)
     def _(t):
         slot = _slot(t, launch.slots)
         plgpu.barrier_wait(refs.consumed.at[slot])
@@ -262,9 +272,10 @@ def advance_state(block: Block, refs: Refs) -> None:
         plgpu.barrier_arrive(refs.consumed.at[slot])
         return state, plain_rows, *following
 
-    first = [_chunk_code(block, refs, jnp.int32(0))] if launch.tracked else []
-    carry = (start, _plain_scale(slope, sweep, 1.0), *first)
-    end = lax.fori_loop(0, launch.chunks, body, carry)[0]
+    first = _first_chunk(block, refs)
+    codes = [_chunk_code(block, refs, first)] if launch.tracked else []
+    carry = (start, _plain_scale(slope, sweep, 1.0), *codes)
+    end = lax.fori_loop(first, launch.chunks, body, carry)[0]
     if launch.final:
         _store_state(block, refs, end)
 

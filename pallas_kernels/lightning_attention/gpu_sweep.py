@@ -85,6 +85,7 @@ def run(
     *,
     seeds: Sequence[Array] | None = None,
     bookkeeping: Sequence[Bookkeeping] | None = None,
+    starts: Array | None = None,
     segments: int = 1,
     splits: int = 1,
     final: bool = False,
@@ -99,6 +100,8 @@ def run(
       slopes: fp32 [H].
       seeds: for each sweep the state U that enters each segment, fp32 [B H, segments, D, D].
       bookkeeping: for each sweep; covers segments x ceil(T / segments / 64) x 64 tokens.
+      starts: of a sweep without outputs, int32 [B H, segments]: chunks of each segment, counted as
+        they are processed, that are left out for what follows has made nothing of them.
       segments: equal pieces the rows are cut into, each a block of its own.
       splits: blocks that share the columns of an output.
       final: also return end states Z: [B H, D, D] or, without outputs, [B H, segments, D, D] that
@@ -134,9 +137,10 @@ def run(
             shape = (batch * heads, segments, dim, dim)
         outputs += [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(sweeps)
     tracked = [x for b in bookkeeping or () for x in (b.tokens, b.chunks)]
-    inputs = (*arrays, slopes, *(seeds or ()), *tracked)
+    late = [] if starts is None else [starts]
+    inputs = (*arrays, slopes, *late, *(seeds or ()), *tracked)
     kernel = plgpu.kernel(
-        functools.partial(_entry, launch, len(arrays), len(inputs), len(outputs)),
+        functools.partial(_entry, launch, len(arrays), bool(late), len(inputs), len(outputs)),
         out_type=outputs,
         grid=(len(sweeps), batch * heads, segments, splits),
         grid_names=("sweep", "batch_head", "segment", "split"),
@@ -180,7 +184,9 @@ def _scratch(launch: Launch) -> list[Any]:
     return scratch
 
 
-def _entry(launch: Launch, num_arrays: int, num_inputs: int, num_outputs: int, *refs) -> None:
+def _entry(
+    launch: Launch, num_arrays: int, late: bool, num_inputs: int, num_outputs: int, *refs
+) -> None:
     """Find this block's sweep and warpgroup, and go."""
     inputs, refs = refs[:num_inputs], refs[num_inputs:]
     outputs, scratch = refs[:num_outputs], refs[num_outputs:]
@@ -190,7 +196,7 @@ def _entry(launch: Launch, num_arrays: int, num_inputs: int, num_outputs: int, *
     )
     batch = lax.div(batch_head, jnp.int32(launch.heads))
     head = lax.rem(batch_head, jnp.int32(launch.heads))
-    extra = inputs[num_arrays + 1 :]
+    extra = inputs[num_arrays + 1 + late :]
     number = len(launch.sweeps)
     seeds, tracked = (extra[:number], extra[number:]) if launch.seeded else ((), extra)
     made = 0
@@ -202,6 +208,7 @@ def _entry(launch: Launch, num_arrays: int, num_inputs: int, num_outputs: int, *
             seeds[i] if seeds else None,
             tracked[2 * i] if tracked else None,
             tracked[2 * i + 1] if tracked else None,
+            inputs[num_arrays + 1] if late else None,
             outputs[made : made + len(sweep.outputs)],
             outputs[num_outputs - number + i] if launch.final else None,
             *buffers,

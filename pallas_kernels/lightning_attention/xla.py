@@ -96,6 +96,25 @@ def _decay(
     return jnp.where(mask[:, None], jnp.exp(-slopes * steps), 0)
 
 
+def lightning_state(
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    decay_slopes: Float[Array, "H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    reverse: bool,
+    chunk_size: int,
+) -> Float[Array, "B H K V"]:
+    """See `pallas_kernels.lightning_state`; XLA drops the output, which nobody asks for."""
+    if reverse:
+        k, v = jnp.flip(k, 1), jnp.flip(v, 1)
+        segment_ids = None if segment_ids is None else jnp.flip(segment_ids, 1)
+    _, state = lightning_attention(
+        k, k, v, decay_slopes, initial_state=None, segment_ids=segment_ids, chunk_size=chunk_size
+    )
+    return state
+
+
 def lightning_decode_step(
     q: Float[Array, "B H K"],
     k: Float[Array, "B H K"],
