@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import openai
 import pytest
 from serving import CONFIG, make_engine
@@ -19,6 +20,8 @@ from talking import write_model
 
 from mmx.cli import main, serve
 from mmx.inference import decoding, engine
+from mmx.inference.pool import PoolShape, init_pool
+from mmx.inference.requests import Sampling
 from mmx.inference.rows import empty_rows
 from sharding import Partition
 
@@ -222,10 +225,42 @@ def test_nothing_is_compiled_after_the_warm_up():
     for size in (1, 32, 33, 64, 100, 128, 200):
         it.generate([[7] * size], max_new_tokens=5, temperature=1.0)
     it.generate([[7] * 40], max_new_tokens=60, ignore_eos=True)  # which takes more pages
-    first = jax.device_get(jax.tree.map(lambda x: x[0], it.rows))
-    it.rows = engine.set_row(it.rows, 1, first)  # as one that comes back
     assert [program._cache_size() for program in programs] == before
     assert time.perf_counter() - began < 60
+
+
+def test_rows_that_are_sent_away_compile_nothing_after_the_warm_up():
+    it = make_engine()
+    serve._warm_up(it)
+    it.generate([[1]], max_new_tokens=2)
+    compiled = []
+
+    def note(event, duration, **unused):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for size in (3, 40, 150):  # of 1, 4 and 10 pages
+            numbers = [
+                it.submit([7] * size, Sampling(max_new_tokens=20, ignore_eos=True))
+                for _ in range(2)
+            ]
+            while not all(request.decodes for request in it._at_work) or len(it._at_work) < 2:
+                it.step()
+            while it._under_way:
+                it._look(leave=0)
+            away = list(it._at_work)
+            for request in reversed(away):
+                it._send_away(request)
+            assert [request.number for request in it._away] == numbers[::-1]
+            while not it.idle:
+                it.step()
+        assert compiled == []
+        jax.jit(lambda x: x - size)(1.0)
+        assert compiled, "the counter counts"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_the_warm_up_reads_every_length_although_prefixes_are_kept():
@@ -235,6 +270,7 @@ def test_the_warm_up_reads_every_length_although_prefixes_are_kept():
         sizes, max_seq_len, decode_steps = SimpleNamespace(chunk=1024), 2000, 2
         snapshots = SimpleNamespace(step=256, clear=kept.clear, hits=0, saved_tokens=0)
         rows = empty_rows(CONFIG, 1, 1)
+        pool = init_pool(CONFIG, PoolShape(1, 1, 4, np.dtype(np.float32)))
 
         def generate(self, prompts, sampling):
             [prompt] = prompts

@@ -187,6 +187,7 @@ def _room(options: Serve, config: "ModelConfig") -> Room:
 def _warm_up(engine: "Engine") -> None:
     """Every program once: a prompt of each length that is read at once, and some decoding."""
     from mmx.inference.decoding import PADDED
+    from mmx.inference.pool import put_back, take_out
     from mmx.inference.requests import Sampling
     from mmx.inference.rows import warm_up
 
@@ -205,6 +206,7 @@ def _warm_up(engine: "Engine") -> None:
         if engine.snapshots.step <= length < room:
             engine.generate([[0] * (length + 1)], sampling)  # a prefix is found
     engine.rows = warm_up(engine.rows)
+    engine.pool = put_back(engine.pool, take_out(engine.pool, 0, [0]), 0, [0])  # of a row sent away
     engine.snapshots.clear()
     engine.snapshots.hits = engine.snapshots.saved_tokens = 0
 

@@ -22,7 +22,7 @@ from mmx.config import ModelConfig
 from mmx.inference.decoding import PADDED, chunk_size, decode, place, prefill
 from mmx.inference.live import Live
 from mmx.inference.page_store import PageStore
-from mmx.inference.pool import Pool, init_pool, put_back, take_out, with_pages
+from mmx.inference.pool import Pool, init_pool, put_back, take_out
 from mmx.inference.requests import Event, FinishReason, Result, Sampling, check_prompt, result_of
 from mmx.inference.rows import (
     MAX_STOP_IDS,
@@ -30,6 +30,7 @@ from mmx.inference.rows import (
     begin_row,
     deactivate,
     empty_rows,
+    get_row,
     new_row,
     set_pages,
     set_row,
@@ -307,7 +308,7 @@ class Engine:
             self._waiting.appendleft(request)
             return
         request.memory = take_out(self.pool, request.row, request.pages)
-        request.place = jax.device_get(jax.tree.map(lambda x: x[request.row], self.rows))
+        request.place = jax.device_get(get_row(self.rows, request.row))
         self._release(request)
         request.state = "away"
         self._away.append(request)
@@ -315,12 +316,8 @@ class Engine:
     def _bring_back(self, request: Live) -> None:
         assert request.memory is not None
         assert request.place is not None
-        # As many pages as a row can have, so that this is one program: the rest go nowhere.
-        pages = np.full(self.row_pages, self.pool.num_pages, np.int32)
-        held = request.memory.keys.shape[1]
-        pages[:held] = request.pages[:held]
-        memory = with_pages(request.memory, self.row_pages)
-        self.pool = put_back(self.pool, memory, np.int32(request.row), pages)
+        held = request.pages[: request.memory.keys.shape[1]]
+        self.pool = put_back(self.pool, request.memory, request.row, held)
         place = dataclasses.replace(request.place, page_table=request.page_row(self.row_pages))
         self.rows = set_row(self.rows, request.row, place)
         request.memory = request.place = None

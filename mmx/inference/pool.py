@@ -19,6 +19,8 @@ from mmx.inference.cache import kv_bytes_per_token, state_bytes
 from sharding import Partition, constrain
 from sharding.paged import PAGES
 
+MOVED = 8  # pages copied between device and host at a time: one program for any number
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def pool_bytes(config: ModelConfig, shape: PoolShape) -> int:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowMemory:
-    """What a pool holds for one row, taken out: a preempted sequence, or a prefix to begin with.
+    """What a pool holds for one row, taken out.
 
     Attributes:
       lightning_state: of the lightning layers in order.
@@ -98,29 +100,40 @@ class RowMemory:
 
 
 def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
-    """A copy, on the host, of the state of a row and of these pages."""
-    index = jnp.asarray(pages, jnp.int32)
-    parts = (
-        pool.lightning_states[:, row],
-        jnp.take(pool.key_pages, index, axis=1),
-        jnp.take(pool.value_pages, index, axis=1),
-    )
-    return RowMemory(*jax.device_get(parts))
+    """A copy, on the host, of the state of a row and of these pages, one or more."""
+    groups = [_filled(pages[i : i + MOVED], 0) for i in range(0, len(pages), MOVED)]
+    parts = [jax.device_get(_read(pool, np.int32(row), group)) for group in groups]
+    keys = np.concatenate([part.keys for part in parts], axis=1)[:, : len(pages)]
+    values = np.concatenate([part.values for part in parts], axis=1)[:, : len(pages)]
+    return RowMemory(parts[0].lightning_state, keys, values)  # pyright: ignore[reportArgumentType]
 
 
-def with_pages(memory: RowMemory, count: int) -> RowMemory:
-    """The same with so many pages, the new ones zero; on the host."""
-    more = ((0, 0), (0, count - memory.keys.shape[1]), (0, 0), (0, 0), (0, 0))
-    return dataclasses.replace(
-        memory,
-        keys=np.pad(memory.keys, more),  # pyright: ignore[reportArgumentType]
-        values=np.pad(memory.values, more),  # pyright: ignore[reportArgumentType]
-    )
+def put_back(pool: Pool, memory: RowMemory, row: int, pages: list[int]) -> Pool:
+    """The pool, which is donated, with that memory in a row and in as many pages, bit for bit."""
+    for begin in range(0, len(pages), MOVED):
+        some = pages[begin : begin + MOVED]
+        more = ((0, 0), (0, MOVED - len(some)), *((0, 0),) * 3)
+        keys, values = (
+            np.pad(np.asarray(x[:, begin : begin + MOVED]), more)
+            for x in (memory.keys, memory.values)
+        )
+        part = RowMemory(memory.lightning_state, keys, values)  # pyright: ignore[reportArgumentType]
+        pool = _write(pool, part, np.int32(row), _filled(some, pool.num_pages))  # the rest: nowhere
+    return pool
+
+
+def _filled(pages: list[int], filling: int) -> np.ndarray:
+    return np.asarray(pages + [filling] * (MOVED - len(pages)), np.int32)
+
+
+@jax.jit
+def _read(pool: Pool, row, pages) -> RowMemory:
+    keys, values = (jnp.take(x, pages, axis=1) for x in (pool.key_pages, pool.value_pages))
+    return RowMemory(pool.lightning_states[:, row], keys, values)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def put_back(pool: Pool, memory: RowMemory, row, pages) -> Pool:
-    """The pool with that memory in a row and in as many pages, bit for bit."""
+def _write(pool: Pool, memory: RowMemory, row, pages) -> Pool:
     return Pool(
         lightning_states=pool.lightning_states.at[:, row].set(memory.lightning_state),
         key_pages=pool.key_pages.at[:, pages].set(memory.keys, mode="drop"),

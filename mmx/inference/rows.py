@@ -167,6 +167,12 @@ def begin_row(
     return rows, jax.tree.map(lambda x: x[None], chosen)
 
 
+@jax.jit
+def get_row(rows: Rows, number: int) -> Rows:
+    """What the batch has at this number, without a batch axis."""
+    return jax.tree.map(lambda x: x[number], rows)
+
+
 @functools.partial(jax.jit, donate_argnames="rows")
 def set_row(rows: Rows, number: int, row: Rows) -> Rows:
     """The batch with a row, without a batch axis, at this number."""
@@ -186,6 +192,6 @@ def deactivate(rows: Rows, number: int) -> Rows:
 
 
 def warm_up(rows: Rows) -> Rows:
-    """The same batch; compiled is what changes a row that runs: another page, its return."""
-    first = jax.device_get(jax.tree.map(lambda x: x[0], rows))
+    """The same batch; compiled is what changes a row that runs: more pages, leave and return."""
+    first = jax.device_get(get_row(rows, 0))
     return set_pages(set_row(rows, 0, first), 0, first.page_table)
