@@ -48,6 +48,18 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.fixture(scope="module")
+def quick_programs(request):
+    """LLVM optimises nothing of what a module compiles, which is most of the time it takes.
+
+    HLO and its passes are the same. For modules whose programs run for moments, and compare within
+    a tolerance or with themselves; `make test-all` compiles them as users do.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.config.option.markexpr != "")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def few_memory_maps():
     yield

@@ -11,6 +11,7 @@ import truth
 from engines import CONFIG, PAGE, PARAMS, Poisoned, make, requests, run_schedule
 from golden_cases import NAMES, golden
 from random_models import random_tokens
+from sweeps import sweep
 from tokenizers import Tokenizer, decoders, models
 
 import mmx
@@ -21,8 +22,12 @@ from mmx.inference.pool import PoolShape, init_pool
 from mmx.inference.requests import Sampling
 from mmx.inference.text import TextStream
 
+# p04 is generated from in test_golden.py; what p02 and p07 are made of is in other cases too: many
+# layers of one block in o2, one key head and tied embeddings in p08, three experts a token in p04.
+LATE = ("text/p02_linear_first_deep", "text/p04_right_pad", "text/p07_grads")
 
-@pytest.mark.parametrize("name", NAMES)
+
+@pytest.mark.parametrize("name", sweep(NAMES, lambda name: name not in LATE))
 def test_recorded_tokens(name):
     case = golden(name)
     engine = Engine(case.config, case.params, rows=4, max_seq_len=1024, page_size=PAGE)

@@ -18,6 +18,7 @@ from recipes import extend_context
 from recipes.extend_context import PRESETS
 from recipes.origins import digest
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 STAGES = EXTENSION.stages
 
 

@@ -13,6 +13,7 @@ from random_models import random_params, random_tokens, small_config
 import mmx
 from mmx.nn.moe import RouterStats
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 # Two ways of one computation in fp32, logits of about 3: a few hundred roundings apart at most.
 SAME = 1e-5
 CONFIG = small_config("ls", num_heads=3, num_kv_heads=1)

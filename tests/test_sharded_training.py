@@ -24,6 +24,7 @@ from mmx.training.state import init_state
 from mmx.training.step import StepOptions, make_train_step
 from sharding import MeshConfig, rules
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 CONFIG = small_config("ls", num_heads=4, num_kv_heads=2)
 WIDE = small_config("ls", num_heads=8, num_kv_heads=4)
 OPTIONS = StepOptions(

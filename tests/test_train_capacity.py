@@ -15,6 +15,7 @@ from mmx.model import backbone
 from mmx.training import losses
 from sharding.capacity import within_capacity
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 SAME = 1e-6
 
 

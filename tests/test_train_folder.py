@@ -11,6 +11,7 @@ from mmx.data.batches import Batches
 from mmx.training import loop
 from mmx.training.run_folder import reserved
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 STEPS = 8
 
 

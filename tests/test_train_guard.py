@@ -25,6 +25,7 @@ from mmx.training.state import (
 )
 from mmx.training.step import StepOptions, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 CONFIG = small_config("ls")
 SHAPE = (2, 4, 16)
 # Small enough that a hundred steps do not teach the model anything about random tokens.

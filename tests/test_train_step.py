@@ -19,6 +19,7 @@ from mmx.training.schedule import LearningRate, Piece, constant
 from mmx.training.state import init_state
 from mmx.training.step import StepOptions, make_train_step, stack_micro_batches
 
+pytestmark = pytest.mark.usefixtures("quick_programs")
 # fp32 gradients of about 0.1 summed in another order.
 SAME = 1e-6
 CONFIG = small_config("ls", vocab_size=20)

@@ -87,15 +87,17 @@ def plan(steps: int, **changes) -> Plan:
 
 
 def run(manifest: Manifest, folder: Path, steps: int, **changes) -> loop.Result:
-    """Train, or go on, up to a step; on one device unless `partition` says otherwise."""
-    partition = changes.pop("partition", None)
+    """Train, or go on, up to a step; on one device unless `partition` says otherwise.
+
+    Nothing is held out with `measured` False.
+    """
+    partition, measured = changes.pop("partition", None), changes.pop("measured", True)
     rows = {"seq_len": LENGTH, "batch_size": ROWS, "seed": 0}
     data = Batches(manifest.folder, weights=None, max_epochs=changes.pop("epochs", None), **rows)
     heldout = Batches(manifest.folder, weights=None, split="heldout", max_epochs=1, **rows)
     try:
-        return loop.train(
-            plan(steps, **changes), folder, data, heldout, manifest, partition=partition
-        )
+        held = heldout if measured else None
+        return loop.train(plan(steps, **changes), folder, data, held, manifest, partition=partition)
     finally:
         data.close()
         heldout.close()
@@ -128,16 +130,17 @@ def keep_programs(folder: Path) -> None:
 
 
 def child(
-    shards: Path, folder: Path, steps: int, programs: Path, *, devices: int = 8, kill_at: int = 0
+    shards: Path, folder: Path, steps: int, quick: bool, *, devices: int = 8, kill_at: int = 0
 ) -> None:
     """What a process of its own does: all devices train; with `kill_at` one does, up to there."""
     jax.config.update("jax_num_cpu_devices", devices)
-    keep_programs(programs)
-    if kill_at:
+    jax.config.update("jax_disable_most_optimizations", quick)
+    manifest = Manifest.load(shards)
+    if kill_at:  # compared bit for bit with a run on one device, whose programs are kept
         _kill_at(kill_at)
-    # A killed run is compared bit for bit with one of this process' kind, on one device.
-    partition = None if kill_at else spread(MeshConfig())
-    run(Manifest.load(shards), folder, steps, partition=partition)
+        run(manifest, folder, steps)
+    else:  # only what is trained is compared
+        run(manifest, folder, steps, partition=spread(MeshConfig()), measured=False)
 
 
 def spread(mesh: MeshConfig) -> Partition | None:
