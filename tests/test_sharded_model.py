@@ -114,12 +114,7 @@ def check_what_is_sent(text, partition):
     assert ring == ({(rows, 64 // split, kv_heads, 8)} if split > 2 else set()), "the ring"
 
 
-# Each axis is split in these, experts and their width beside tokens, and the ring is a loop. More
-# experts' devices are in test_experts_parallel.py, the rules of serving in test_engine_sharded.py.
-FAST = ("fsdp 8", "tensor 4, data 2", "expert 2, width 2, seq 2", "seq 8")
-
-
-@pytest.mark.parametrize("name", sweep(CASES, FAST.__contains__))
+@pytest.mark.parametrize("name", sweep(CASES, "seq over two axes".__ne__))
 def test_logits_loss_and_gradients_are_those_of_one_device(name):
     ours, sizes, options = CASES[name]
     params = spread(partition := partition_of(ours, sizes))
