@@ -45,7 +45,8 @@ class ModelConfig:
       router_aux_loss_coef: default coefficient of the balance loss in training.
       max_seq_len: the longest sequence, in tokens.
       chunk_size: tokens a chunk of lightning attention; changes speed, not results.
-      bos_token_id, eos_token_id: as the checkpoint says; None when it does not.
+      bos_token_id, eos_token_id: as the checkpoint says; None when it does not. Several end tokens
+        are a tuple.
     """
 
     vocab_size: int
@@ -76,12 +77,21 @@ class ModelConfig:
     max_seq_len: int = 10_240_000
     chunk_size: int = 256
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer_kinds, list):
-            object.__setattr__(self, "layer_kinds", tuple(self.layer_kinds))
+        for field in ("layer_kinds", "eos_token_id"):
+            if isinstance(value := getattr(self, field), list):
+                object.__setattr__(self, field, tuple(value))
         _validate(self)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Each of which ends a text."""
+        ends = self.eos_token_id
+        if isinstance(ends, tuple):
+            return ends
+        return () if ends is None else (ends,)
 
     @property
     def num_layers(self) -> int:
@@ -192,11 +202,14 @@ def _validate(config: ModelConfig) -> None:
     for field in ("norm_epsilon", "lightning_norm_epsilon", "rope_theta"):
         require(getattr(config, field) > 0, field, "it must be greater than 0")
     require(config.slope_layer_epsilon >= 0, "slope_layer_epsilon", "it must be at least 0")
-    for field in ("bos_token_id", "eos_token_id"):
+    for field, several in (("bos_token_id", ""), ("eos_token_id", ", or a tuple of such")):
         value = getattr(config, field)
-        is_id = isinstance(value, int) and not isinstance(value, bool)
-        in_range = value is None or (is_id and 0 <= value < config.vocab_size)
-        wanted = f"it must be None or a token id below vocab_size={config.vocab_size}"
+        ids = value if isinstance(value, tuple) and value and several else (value,)
+        in_range = value is None or all(
+            isinstance(x, int) and not isinstance(x, bool) and 0 <= x < config.vocab_size
+            for x in ids
+        )
+        wanted = f"it must be None or a token id below vocab_size={config.vocab_size}{several}"
         require(in_range, field, wanted)
 
 

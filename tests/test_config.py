@@ -45,7 +45,8 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("layer_kinds", None),
     ("layer_kinds", 8),
     *((f"{which}_token_id", value) for which in ("bos", "eos")
-      for value in (-1, 512, True, 1.0, "2", [2])),
+      for value in (-1, 512, True, 1.0, "2", (), (2, 512), (2, True), ((2,),))),
+    ("bos_token_id", (2, 3)),
 ]  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def test_the_other_number_is_named():
 def test_limits_that_are_still_possible():
     for field, value in (("shared_expert_dim", 0), ("rotary_dim", 16), ("num_kv_heads", 4),
                          ("num_experts_per_tok", 4), ("eos_token_id", 0), ("eos_token_id", 511),
+                         ("eos_token_id", (3, 511)),
                          ("mlp_alpha", 1), ("slope_layer_epsilon", 0), ("slope_layer_epsilon", 0.0),
                          ("lightning_beta", 0.0), ("max_seq_len", 1)):  # fmt: skip
         assert getattr(dataclasses.replace(TINY, **{field: value}), field) == value

@@ -173,8 +173,12 @@ def test_rope_theta_of_either_schema_of_transformers():
     assert read(TRANSFORMERS, rope_theta=5e5).rope_theta == 1e4  # rope_parameters is the newer
 
 
-def test_the_first_of_several_end_tokens():
-    assert read(RELEASED, eos_token_id=[5, 7]).eos_token_id == 5
+def test_several_end_tokens():
+    config = read(RELEASED, eos_token_id=[5, 7])
+    assert config.eos_token_id == config.end_token_ids == (5, 7)
+    assert json.loads(json.dumps(config.to_hf("minimax_m1")))["eos_token_id"] == [5, 7]
+    assert read(RELEASED, eos_token_id=5).end_token_ids == (5,)
+    assert read(RELEASED, eos_token_id=None).end_token_ids == ()
 
 
 @pytest.mark.parametrize("fields", [RELEASED, TRANSFORMERS], ids=["released", "transformers"])
@@ -219,6 +223,8 @@ MALFORMED: list[tuple[str, str, Any]] = [
     ("released", "eos_token_id", []),
     ("released", "eos_token_id", 64),
     ("released", "eos_token_id", [True]),
+    ("released", "eos_token_id", [5, 64]),
+    ("released", "bos_token_id", [5]),
     ("released", "num_key_value_heads", 3),
     ("released", "num_key_value_heads", 0),
     ("released", "rope_theta", 10**400),
@@ -344,6 +350,7 @@ SPECIAL = {
     "all channels": {"rotary_dim": 16},
     "few channels": {"rotary_dim": 2},
     "tied, tokens": {"tie_embeddings": True, "bos_token_id": 0, "eos_token_id": 511},
+    "two ends": {"eos_token_id": (5, 511)},
     "one layer": {"layer_kinds": ("softmax",)},
     "numbers": {"norm_epsilon": 3e-6, "rope_theta": 12345.5, "router_aux_loss_coef": 0.25,
                 "max_seq_len": 7, "lightning_beta": 0.1, "softmax_beta": 0.2, "mlp_beta": 0.3},

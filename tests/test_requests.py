@@ -79,6 +79,8 @@ def test_tokens_that_end_a_request():
     assert Sampling(stop_ids=(3,), ignore_eos=True).end_ids(CONFIG) == (3,)
     without = dataclasses.replace(CONFIG, eos_token_id=None)
     assert Sampling().end_ids(without) == ()
+    several = dataclasses.replace(CONFIG, eos_token_id=(7, 9))
+    assert Sampling(stop_ids=(3,)).end_ids(several) == (3, 7, 9)
 
 
 def test_results_are_plain_values():

@@ -112,12 +112,8 @@ def from_hf(fields: Mapping[str, Any]) -> ModelConfig:
         used.add(key)
         if key in fields:
             ours[name] = fields[key]
-    # transformers allows a list of end tokens; the first is the one its own tokenizer writes.
-    if isinstance(ours.get("eos_token_id"), list):
-        ends = ours["eos_token_id"]
-        if not ends:
-            raise ValueError("config.json: eos_token_id is []; it must be a token id or null")
-        ours["eos_token_id"] = ends[0]
+    if ours.get("eos_token_id") == []:
+        raise ValueError("config.json: eos_token_id is []; it must be a token id or null")
     heads = fields["num_attention_heads"]
     ours["num_kv_heads"] = _or_default(fields, "num_key_value_heads", heads)
     ours["head_dim"] = _or_default(
@@ -256,7 +252,8 @@ def to_hf(config: ModelConfig, model_type: str) -> dict[str, Any]:
     architecture, write = writers[model_type]
     fields: dict[str, Any] = {"model_type": model_type, "architectures": [architecture]}
     for key, name in _SHARED.items():
-        fields[key] = getattr(config, name)
+        value = getattr(config, name)
+        fields[key] = list(value) if isinstance(value, tuple) else value
     fields |= {
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,

@@ -234,7 +234,7 @@ def _control_tokens(
     found = {
         token: entry.content
         for token, entry in tokenizer.get_added_tokens_decoder().items()
-        if entry.special or entry.content in known or token == config.eos_token_id
+        if entry.special or entry.content in known or token in config.end_token_ids
     }
     # What unknown characters become is any text's to make: two that no vocabulary has.
     unknown = encode(tokenizer, "\U00012345\U0010ffff", config, add_special_tokens=False)

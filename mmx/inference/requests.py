@@ -89,10 +89,8 @@ class Sampling:
         self._check_stops(config)
 
     def end_ids(self, config: ModelConfig) -> tuple[int, ...]:
-        """The ids that end the request: its own, and the end token of the config."""
-        if config.eos_token_id is None or self.ignore_eos:
-            return self.stop_ids
-        return (*self.stop_ids, config.eos_token_id)
+        """The ids that end the request: its own, and the end tokens of the config."""
+        return self.stop_ids if self.ignore_eos else (*self.stop_ids, *config.end_token_ids)
 
     def _check_bias(self, config: ModelConfig) -> None:
         mapping = isinstance(self.logit_bias, Mapping)
