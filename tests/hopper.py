@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import platform
+from pallas_kernels.lightning_attention import gpu_roles
 from pallas_kernels.paged_attention import gpu_decode
 
 
@@ -30,3 +32,25 @@ def interpreted_hopper(monkeypatch, *, cores: int, detect_races: bool) -> Iterat
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
         yield
     jax.clear_caches()
+
+
+def interpret_sweeps(monkeypatch) -> plgpu.InterpretGPUParams:
+    """Sweeps for states alone run with `interpret` of this; see `gpu_sweep.run`.
+
+    The interpreter has no product that begins with a sum, and wants every barrier waited for: the
+    warpgroup that moves memory does not wait until the last chunks are used.
+    """
+
+    def add_products(state, keys, values):
+        total = sum(some[...].astype(jnp.float32) for some in values)
+        state = state + jnp.dot(keys[...].astype(jnp.float32).T, total)
+        plgpu.commit_smem()  # they have been read, as when a product has been waited for
+        return state
+
+    def deallocate(self):
+        with self.cv:
+            self.ref_count -= 1
+
+    monkeypatch.setattr(gpu_roles, "_add_products", add_products)
+    monkeypatch.setattr(shared_memory.Barrier, "deallocate", deallocate)
+    return plgpu.InterpretGPUParams(detect_races=True)

@@ -2,6 +2,7 @@
 
 import functools
 
+import hopper
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,33 @@ def test_states_of_segments_are_used_where_segments_end(simulated, monkeypatch):
     jax.effects_barrier()
     forward, backward = [8, 2] * 4, [2, 8] * 4
     assert sorted(x[0].tolist() for x in simulated) == [backward, forward]
+
+
+@pytest.mark.parametrize(("dim", "packed", "reverse"), [(128, False, True), (64, True, False)])
+def test_the_kernel_itself_in_the_interpreter(dim, packed, reverse, monkeypatch, capsys):
+    """Against the simulator: of two heads and three pieces, hardly any, a part and all is read."""
+    interpret = hopper.interpret_sweeps(monkeypatch)
+    rng = np.random.default_rng(0)
+    segments, chunks = 3, 5
+    k, v = (rng.standard_normal((1, segments * chunks * CHUNK, 2, dim)) for _ in range(2))
+    bookkeeping = None
+    if packed:
+        ids = _ids((1, 150), (0, 40), (1, 300), (2, 400), (0, 6), (3, 64))
+        bookkeeping = [gpu_hopper._track(jnp.asarray(ids)[None], 960, 3, reverse=reverse)[1]]
+    sweeps = (gpu_hopper.Sweep(keys=0, values=1, reverse=reverse),)
+    arrays = jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16)
+    options = dict(
+        bookkeeping=bookkeeping,
+        starts=jnp.asarray([[9, 1, 0], [0, 1, 2]], jnp.int32),
+        segments=segments,
+        final=True,
+    )
+    arguments = sweeps, arrays, jnp.asarray([0.02, 0.3], jnp.float32)
+    (seen,) = gpu_sweep.run(*arguments, **options, interpret=interpret)
+    (wanted,) = jax.jit(functools.partial(sweep_simulator.run, sweeps, **options))(*arguments[1:])
+    # The kernel scales values in bf16 and adds what that drops in bf16, too: 2^-17.
+    check_close(seen, np.asarray(wanted), 2.0**-16, "states", axis=0)
+    assert "RACE" not in capsys.readouterr().out
 
 
 BAD = [

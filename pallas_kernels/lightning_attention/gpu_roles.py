@@ -262,13 +262,8 @@ def advance_state(block: Block, refs: Refs) -> None:
 
             state = state * jnp.where(limit >= 0, 0.0, 1.0)
 
-        def add(accumulator):
-            keys = refs.keys.at[slot].transpose((1, 0))
-            for values in _scaled(block, refs, slot):
-                plgpu.wgmma(accumulator, keys, values)
-
-        advanced: Any = pl.run_state(add)(untyped.ACC.init(state))
-        state = advanced * jnp.where(t == launch.chunks - 1, 1.0, decay)
+        state = _add_products(state, refs.keys.at[slot], _scaled(block, refs, slot))
+        state = state * jnp.where(t == launch.chunks - 1, 1.0, decay)
         plgpu.barrier_arrive(refs.consumed.at[slot])
         return state, plain_rows, *following
 
@@ -278,6 +273,16 @@ def advance_state(block: Block, refs: Refs) -> None:
     end = lax.fori_loop(first, launch.chunks, body, carry)[0]
     if launch.final:
         _store_state(block, refs, end)
+
+
+def _add_products(state, keys, values: list[Any]):
+    """State + keys^T (sum of values); jax's interpreter has no product that begins with a sum."""
+
+    def add(accumulator):
+        for some in values:
+            plgpu.wgmma(accumulator, keys.transpose((1, 0)), some)
+
+    return pl.run_state(add)(untyped.ACC.init(state))
 
 
 def _chunk_code(block: Block, refs: Refs, t):
