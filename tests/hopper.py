@@ -37,7 +37,7 @@ def interpreted_hopper(monkeypatch, *, cores: int, detect_races: bool) -> Iterat
 def interpret_sweeps(monkeypatch) -> plgpu.InterpretGPUParams:
     """Sweeps for states alone run with `interpret` of this; see `gpu_sweep.run`.
 
-    The interpreter has no product that begins with a sum, and wants every barrier waited for: the
+    The interpreter has no product that is added to a sum, and wants every barrier waited for: the
     warpgroup that moves memory does not wait until the last chunks are used.
     """
 

@@ -276,7 +276,7 @@ def advance_state(block: Block, refs: Refs) -> None:
 
 
 def _add_products(state, keys, values: list[Any]):
-    """State + keys^T (sum of values); jax's interpreter has no product that begins with a sum."""
+    """The state plus keys^T (sum of values); jax's interpreter has no product added to a sum."""
 
     def add(accumulator):
         for some in values:
