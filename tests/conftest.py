@@ -55,9 +55,22 @@ def quick_programs(request):
     HLO and its passes are the same. For modules whose programs run for moments, and compare within
     a tolerance or with themselves; `make test-all` compiles them as users do.
     """
-    jax.config.update("jax_disable_most_optimizations", request.config.option.markexpr != "")
+    jax.clear_caches()  # which do not know this option
+    jax.config.update("jax_disable_most_optimizations", quick(request.config))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+def quick(config) -> bool:
+    """Whether this is the fast suite, or another part of all tests."""
+    return config.option.markexpr != ""
+
+
+@pytest.fixture
+def quick_children(request) -> dict[str, str]:
+    """Variables with which children compile in the same way."""
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick(request.config) else {}
 
 
 @pytest.fixture(autouse=True)

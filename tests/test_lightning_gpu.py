@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sweep_simulator
-from kernel_cases import LIGHTNING_CASES, LightningCase, check_lightning, named
+from kernel_cases import LIGHTNING_CASES, LightningCase, check_close, check_lightning, named
 
 from pallas_kernels import lightning_attention, platform
 from pallas_kernels.lightning_attention import gpu_hopper, gpu_sweep
@@ -125,8 +125,23 @@ def test_refusals_say_what_to_use_instead(monkeypatch):
     wide = q.astype(jnp.float32)
     with pytest.raises(NotImplementedError, match=r"float32.*bfloat16"):
         lightning_attention(wide, wide, wide, slopes, implementation="pallas_gpu")
-    with pytest.raises(NotImplementedError, match=r"slope 3.*at most 2"):
+    with pytest.raises(NotImplementedError, match=r"slope 3.*at most 1.1"):
         lightning_attention(q, q, q, 6 * slopes, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize(("length", "segments"), [(72, 1), (200, 1), (258, 2), (72, 2)])
+def test_the_largest_slope(length, segments, simulated, monkeypatch):
+    """Of whole chunks and of a few tokens in the last."""
+    monkeypatch.setattr(gpu_hopper, "plan", lambda *_: gpu_hopper.Plan(segments, 1, segments))
+    rng = np.random.default_rng(length)
+    arrays = (jnp.asarray(rng.standard_normal((1, length, 1, 8)), jnp.bfloat16) for _ in range(3))
+    arrays = (*arrays, jnp.asarray([gpu_hopper.MAX_SLOPE], jnp.float32))
+    (out, state), wanted = (
+        lightning_attention(*arrays, implementation=name) for name in ("pallas_gpu", "reference")
+    )
+    out_wanted, state_wanted = (np.asarray(x).astype(np.float64) for x in wanted)
+    check_close(out, out_wanted, TOLERANCE, "output")
+    check_close(state, state_wanted, 1e-5, "state")
 
 
 def test_a_slope_too_large_under_jit_is_loud(simulated):

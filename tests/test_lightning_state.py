@@ -114,7 +114,7 @@ def test_attention_that_leaves_out_what_has_decayed(numbers, packed, simulated, 
 def test_what_is_left_out_is_below_the_numbers_of_fp32(reverse, simulated, monkeypatch):
     """And no chunk less: the kernel reads the first whose nearest token still counts."""
     chunks = 16
-    slopes = jnp.asarray([0.0, 1e-3, 0.11, 88 / CHUNK, 1.9], jnp.float32)
+    slopes = jnp.asarray([0.0, 1e-3, 0.11, 88 / CHUNK / 2, 1.0], jnp.float32)
     k = jnp.ones((1, chunks * CHUNK, len(slopes), 64), jnp.bfloat16)
     for segments in (1, 4):
         cut(monkeypatch, 1, 1, segments)
@@ -207,3 +207,17 @@ def test_kernel_lowers_for_cuda(packed, reverse):
 
     text = jax.jit(state).trace(k).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+    jax.jit(jax.grad(lambda k: jnp.sum(state(k)))).trace(k).lower(lowering_platforms=("cuda",))
+
+
+def test_gradients_are_those_of_xla(simulated):
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.standard_normal((1, 70, 2, 8)), jnp.bfloat16) for _ in range(2))
+
+    def total(k, v, name):
+        slopes = jnp.asarray([0.1, 0.9])
+        return jnp.sum(lightning_state(k, v, slopes, reverse=True, implementation=name) ** 2)
+
+    seen, wanted = (jax.grad(total, (0, 1))(k, v, name) for name in ("pallas_gpu", "xla"))
+    for one, other in zip(seen, wanted, strict=True):
+        check_close(one, np.asarray(other).astype(np.float64), 4e-3, "gradient")

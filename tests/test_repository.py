@@ -300,18 +300,16 @@ def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def test_python_of_the_readme_runs(tmp_path):
+def test_python_of_the_readme_runs(tmp_path, quick_children):
     """All blocks in order, where a reader would be: beside a `tests/golden`."""
     found = blocks((ROOT / "README.md").read_text(), "python")
     assert found
     assert max(block.count("\n") for block in found) <= 14  # twelve lines, as it promises
     shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
-    # Nearly all of the time is that of compiling.
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(found)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **quick},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **quick_children},
         capture_output=True,
         text=True,
         check=False,

@@ -230,6 +230,7 @@ def test_nothing_is_compiled_after_the_warm_up():
 
 
 def test_rows_that_are_sent_away_compile_nothing_after_the_warm_up():
+    jax.clear_caches()  # others may have sent rows of this shape away
     it = make_engine()
     serve._warm_up(it)
     it.generate([[1]], max_new_tokens=2)

@@ -14,14 +14,14 @@ from kill_runs import SAVE_EVERY
 @pytest.mark.parametrize(
     ("kills", "steps"), [(3, 40), pytest.param(20, 150, marks=pytest.mark.slow)]
 )
-def test_random_kills_change_nothing(tmp_path, kills, steps):
+def test_random_kills_change_nothing(tmp_path, kills, steps, quick_children):
     corpus = train_runs.corpus(tmp_path / "corpus").folder
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     script = [sys.executable, Path(__file__).parent / "kill_runs.py", corpus, whole, killed]
     done = subprocess.run(
         [*map(str, script), str(steps), str(kills), "5"],
         # Lives are compared with each other, bit for bit: all have the same programs.
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, **quick_children},
         capture_output=True,
         text=True,
     )

@@ -37,6 +37,11 @@ class Pool:
     value_pages: Float[Array, "Ls P S G K"]
 
     @property
+    def pages(self) -> tuple[Array, Array]:
+        """Of keys and of values."""
+        return self.key_pages, self.value_pages
+
+    @property
     def page_size(self) -> int:
         return self.key_pages.shape[2]
 
@@ -100,25 +105,27 @@ class RowMemory:
 
 
 def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
-    """A copy, on the host, of the state of a row and of these pages, one or more."""
-    groups = [_filled(pages[i : i + MOVED], 0) for i in range(0, len(pages), MOVED)]
-    parts = [jax.device_get(_read(pool, np.int32(row), group)) for group in groups]
-    keys = np.concatenate([part.keys for part in parts], axis=1)[:, : len(pages)]
-    values = np.concatenate([part.values for part in parts], axis=1)[:, : len(pages)]
-    return RowMemory(parts[0].lightning_state, keys, values)  # pyright: ignore[reportArgumentType]
+    """A copy, on the host, of the state of a row and of these pages."""
+    state = np.asarray(_read_state(pool, np.int32(row)))
+    layers, _, *rest = pool.key_pages.shape
+    keys, values = (np.empty((layers, len(pages), *rest), x.dtype) for x in pool.pages)
+    for begin in range(0, len(pages), MOVED):
+        some = pages[begin : begin + MOVED]
+        parts = jax.device_get(_read_pages(pool, _filled(some, 0)))
+        for whole, part in zip((keys, values), parts, strict=True):
+            whole[:, begin : begin + MOVED] = part[:, : len(some)]
+    return RowMemory(state, keys, values)  # pyright: ignore[reportArgumentType]
 
 
 def put_back(pool: Pool, memory: RowMemory, row: int, pages: list[int]) -> Pool:
     """The pool, which is donated, with that memory in a row and in as many pages, bit for bit."""
+    pool = _write_state(pool, memory.lightning_state, np.int32(row))
     for begin in range(0, len(pages), MOVED):
         some = pages[begin : begin + MOVED]
         more = ((0, 0), (0, MOVED - len(some)), *((0, 0),) * 3)
-        keys, values = (
-            np.pad(np.asarray(x[:, begin : begin + MOVED]), more)
-            for x in (memory.keys, memory.values)
-        )
-        part = RowMemory(memory.lightning_state, keys, values)  # pyright: ignore[reportArgumentType]
-        pool = _write(pool, part, np.int32(row), _filled(some, pool.num_pages))  # the rest: nowhere
+        parts = (np.asarray(x[:, begin : begin + MOVED]) for x in (memory.keys, memory.values))
+        parts = tuple(np.pad(part, more) for part in parts)
+        pool = _write_pages(pool, parts, _filled(some, pool.num_pages))  # the rest: nowhere
     return pool
 
 
@@ -127,18 +134,28 @@ def _filled(pages: list[int], filling: int) -> np.ndarray:
 
 
 @jax.jit
-def _read(pool: Pool, row, pages) -> RowMemory:
-    keys, values = (jnp.take(x, pages, axis=1) for x in (pool.key_pages, pool.value_pages))
-    return RowMemory(pool.lightning_states[:, row], keys, values)
+def _read_state(pool: Pool, row) -> Array:
+    return pool.lightning_states[:, row]
+
+
+@jax.jit
+def _read_pages(pool: Pool, pages) -> tuple[Array, ...]:
+    return tuple(jnp.take(x, pages, axis=1) for x in pool.pages)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def _write(pool: Pool, memory: RowMemory, row, pages) -> Pool:
-    return Pool(
-        lightning_states=pool.lightning_states.at[:, row].set(memory.lightning_state),
-        key_pages=pool.key_pages.at[:, pages].set(memory.keys, mode="drop"),
-        value_pages=pool.value_pages.at[:, pages].set(memory.values, mode="drop"),
+def _write_state(pool: Pool, state, row) -> Pool:
+    states = pool.lightning_states.at[:, row].set(state)
+    return dataclasses.replace(pool, lightning_states=states)
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def _write_pages(pool: Pool, parts, pages) -> Pool:
+    keys, values = (
+        whole.at[:, pages].set(part, mode="drop")
+        for whole, part in zip(pool.pages, parts, strict=True)
     )
+    return dataclasses.replace(pool, key_pages=keys, value_pages=values)
 
 
 def empty_states(

@@ -111,10 +111,11 @@ def lightning_state(
     Args:
       k, v, decay_slopes, segment_ids, chunk_size: see `lightning_attention`.
       reverse: the state that the rows leave when they are read from their end.
-      implementation: 'pallas_gpu', 'xla'; None is the best available. The first has no gradient.
+      implementation: 'pallas_gpu', 'xla'; None is the best available.
 
     Returns:
-      The state in fp32. What is decayed below e^-88 in it is left out, and not read on a GPU.
+      The state in fp32. 'pallas_gpu' does not read whole chunks of tokens that have decayed below
+      e^-88 in it.
 
     Raises:
       ValueError, NotImplementedError: as `lightning_attention`.

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, platform
-from pallas_kernels.lightning_attention import gpu_sweep
+from pallas_kernels.lightning_attention import gpu_sweep, xla
 from pallas_kernels.lightning_attention.gpu_roles import CHUNK, Output, Sweep
 from pallas_kernels.lightning_attention.gpu_sweep import Bookkeeping
 from pallas_kernels.lightning_attention.segments import segment_runs
 
 CENTRE = CHUNK // 2
-# Largest slope whose powers over half a chunk, e^64, leave room in fp32. Released slopes are < 1.
-MAX_SLOPE = 2.0
+# Over a chunk the decay e^-64s must stay a normal number of fp32 with 24 bits to spare, for with it
+# are multiplied, as large as e^32s, the tokens that count. Released slopes are < 1.
+MAX_SLOPE = 1.1
 # Multiprocessors of an H100 or H200: the blocks that run at once, one each.
 MULTIPROCESSORS = 132
 TMA_ROWS = 8  # the granularity of the copies that tile rows for the tensor cores
@@ -60,7 +61,7 @@ def unsupported(
 
 @dataclass(frozen=True)
 class Plan:
-    """How the rows are cut into blocks; changes speed, and results by rounding only.
+    """How the rows are cut into blocks; changes speed, and results by rounding and e^-88 only.
 
     Attributes:
       segments: pieces of a row for the outputs, forward and backward.
@@ -165,8 +166,21 @@ def lightning_state(
     chunk_size: int,
     interpret: Any = None,
 ) -> Float[Array, "B H K V"]:
-    """The kernel's form of `pallas_kernels.lightning_state`."""
-    del chunk_size
+    """The kernel's form of `pallas_kernels.lightning_state`; gradients are XLA's."""
+
+    def call(k, v, slopes, ids):
+        return _final_state(k, v, slopes, ids, reverse, interpret)
+
+    def definition(k, v, slopes, ids):
+        return xla.lightning_state(
+            k, v, slopes, segment_ids=ids, reverse=reverse, chunk_size=chunk_size
+        )
+
+    run = dispatch.with_gradients_of(definition, call)
+    return run(k, v, decay_slopes, segment_ids)
+
+
+def _final_state(k, v, decay_slopes, segment_ids, reverse: bool, interpret: Any):
     slopes = _checked(decay_slopes)
     key_dim, value_dim = k.shape[3], v.shape[3]
     dim = 64 if max(key_dim, value_dim) <= 64 else 128

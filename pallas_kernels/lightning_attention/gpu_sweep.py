@@ -137,6 +137,7 @@ def run(
             shape = (batch * heads, segments, dim, dim)
         outputs += [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(sweeps)
     tracked = [x for b in bookkeeping or () for x in (b.tokens, b.chunks)]
+    assert starts is None or not launch.max_outputs, "outputs would be left out"
     late = [] if starts is None else [starts]
     inputs = (*arrays, slopes, *late, *(seeds or ()), *tracked)
     kernel = plgpu.kernel(

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 BLOCK = 64  # values of a program
-MERGED = 8  # partial results read at a time
+MERGED = 64  # numbers a row that partial results read together have: 64 queries, or 8 times 8
 LOWEST = -1e38  # below any score, and its differences are finite
 FIRST_WORKER, NUM_WORKERS = 4, 5  # columns of a plan of rows
 
@@ -39,6 +39,7 @@ def merge(
       sums: their log-sum-exps, base 2.
     """
     kv_heads, _, dim, queries = parts.shape
+    together = max(1, MERGED // queries)
 
     def body(plan, parts, sums, out, turned):
         row, head, block = (lax.axis_index(name) for name in ("row", "head", "block"))
@@ -54,7 +55,7 @@ def merge(
         def some(i, carry):
             """The next partial results; those past the last are the last, with weight 0."""
             top, total, acc = carry
-            index = [i * MERGED + j for j in range(MERGED)]
+            index = [i * together + j for j in range(together)]
             places = [first + jnp.minimum(j, number - 1) for j in index]
             exponents = [load(sums.at[head, place], _COLUMNS) for place in places]
             values = [load(parts.at[head, place, own], plgpu.Layout.WGMMA) for place in places]
@@ -74,7 +75,7 @@ def merge(
             full((queries,), 0.0, _COLUMNS),
             full((BLOCK, queries), 0.0, plgpu.Layout.WGMMA),
         )
-        steps = lax.div(number + (MERGED - 1), jnp.int32(MERGED))
+        steps = lax.div(number + (together - 1), jnp.int32(together))
         top, total, acc = lax.fori_loop(0, steps, some, start)
         seen = top > LOWEST
         inverse = jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0)
