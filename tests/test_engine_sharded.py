@@ -36,12 +36,14 @@ def requests():
 def test_tokens_are_those_of_one_device(monkeypatch):
     """Weights in int8; pages for a part of the rows, so that some are sent away and come back."""
     engine = Engine(CONFIG, PARAMS, partition=SPREAD, **OPTIONS)
-    away = []
+    away, placed = [], jax.tree.map(lambda x: x.sharding, engine.pool)
     send = engine._send_away
     engine._send_away = lambda request: (away.append(request.number), send(request))
     prompts, each = requests()
     results = engine.generate(prompts[:4], each[:4])
     assert away, "nobody was sent away"
+    for x, where in zip(jax.tree.leaves(engine.pool), jax.tree.leaves(placed), strict=True):
+        assert x.sharding.is_equivalent_to(where, x.ndim)
     engine.generate(prompts[:1], max_new_tokens=1)  # keeps its beginning
     results += engine.generate(prompts[4:], each[4:])
     assert engine.snapshots.hits >= 1
