@@ -11,9 +11,9 @@ import sweep_simulator
 from kernel_cases import TOLERANCE, LightningCase, check_close, check_lightning
 
 from pallas_kernels import lightning_attention, lightning_state, platform
-from pallas_kernels.lightning_attention import gpu_hopper, gpu_sweep
+from pallas_kernels.lightning_attention import gpu_hopper, gpu_states, gpu_sweep
 
-CHUNK = gpu_hopper.CHUNK
+CHUNK = gpu_sweep.CHUNK
 LENGTH = 1300
 SLOPES = np.asarray([0.0, 1e-3, 0.05, 1.0], np.float32)
 
@@ -157,8 +157,10 @@ def test_the_kernel_itself_in_the_interpreter(dim, packed, reverse, monkeypatch,
     bookkeeping = None
     if packed:
         ids = _ids((1, 150), (0, 40), (1, 300), (2, 400), (0, 6), (3, 64))
-        bookkeeping = [gpu_hopper._track(jnp.asarray(ids)[None], 960, 3, reverse=reverse)[1]]
-    sweeps = (gpu_hopper.Sweep(keys=0, values=1, reverse=reverse),)
+        bookkeeping = [
+            gpu_states.track(jnp.asarray(ids)[None], (1, 960), 3, reverse=reverse).bookkeeping
+        ]
+    sweeps = (gpu_sweep.Sweep(keys=0, values=1, reverse=reverse),)
     arrays = jnp.asarray(k, jnp.bfloat16), jnp.asarray(v, jnp.bfloat16)
     options = dict(
         bookkeeping=bookkeeping,

@@ -71,6 +71,13 @@ def test_several_queries(interpreted, capsys, types):
     check_decode([*arrays, jnp.asarray(positions)], jnp.asarray(beyond, jnp.int32), capsys)
 
 
+def test_as_many_queries_as_a_product_has(interpreted, capsys):
+    """64, of which merging reads one partial result at a time, here of four workers."""
+    positions = [[*range(500, 508)], [3, *[-1] * 7]]
+    arrays = case(positions, heads=8, kv_heads=1, dim=64, slots=64, dtype=jnp.bfloat16)
+    check_decode(arrays, arrays[-1], capsys)
+
+
 def test_fp8(interpreted, capsys):
     """The same rows; queries of very different sizes, which fp16 could not hold together."""
     positions = [[-1], [0], [63], [62], [64], [700], [127], [-1]]  # 62: all but one of a tile

@@ -89,23 +89,22 @@ def pool_bytes(config: ModelConfig, shape: PoolShape) -> int:
     return shape.rows * state_bytes(config) + shape.pages * shape.page_size * a_token
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowMemory:
-    """What a pool holds for one row, taken out.
+    """What a pool holds for one row, on the host.
 
     Attributes:
       lightning_state: of the lightning layers in order.
       keys, values: n pages of each softmax layer, in the order of the tokens.
     """
 
-    lightning_state: Float[Array, "Ll H K V"]
-    keys: Float[Array, "Ls n S G K"]
-    values: Float[Array, "Ls n S G K"]
+    lightning_state: Float[np.ndarray, "Ll H K V"]
+    keys: Float[np.ndarray, "Ls n S G K"]
+    values: Float[np.ndarray, "Ls n S G K"]
 
 
 def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
-    """A copy, on the host, of the state of a row and of these pages."""
+    """A copy of the state of a row and of these pages."""
     state = np.asarray(_read_state(pool, np.int32(row)))
     layers, _, *rest = pool.key_pages.shape
     keys, values = (np.empty((layers, len(pages), *rest), x.dtype) for x in pool.pages)
@@ -114,7 +113,7 @@ def take_out(pool: Pool, row: int, pages: list[int]) -> RowMemory:
         parts = jax.device_get(_read_pages(pool, _filled(some, 0)))
         for whole, part in zip((keys, values), parts, strict=True):
             whole[:, begin : begin + MOVED] = part[:, : len(some)]
-    return RowMemory(state, keys, values)  # pyright: ignore[reportArgumentType]
+    return RowMemory(state, keys, values)
 
 
 def put_back(pool: Pool, memory: RowMemory, row: int, pages: list[int]) -> Pool:
@@ -123,7 +122,7 @@ def put_back(pool: Pool, memory: RowMemory, row: int, pages: list[int]) -> Pool:
     for begin in range(0, len(pages), MOVED):
         some = pages[begin : begin + MOVED]
         more = ((0, 0), (0, MOVED - len(some)), *((0, 0),) * 3)
-        parts = (np.asarray(x[:, begin : begin + MOVED]) for x in (memory.keys, memory.values))
+        parts = (x[:, begin : begin + MOVED] for x in (memory.keys, memory.values))
         parts = tuple(np.pad(part, more) for part in parts)
         pool = _write_pages(pool, parts, _filled(some, pool.num_pages))  # the rest: nowhere
     return pool

@@ -100,8 +100,8 @@ def run(
       slopes: fp32 [H].
       seeds: for each sweep the state U that enters each segment, fp32 [B H, segments, D, D].
       bookkeeping: for each sweep; covers segments x ceil(T / segments / 64) x 64 tokens.
-      starts: of a sweep without outputs, int32 [B H, segments]: chunks of each segment, counted as
-        they are processed, that are left out for what follows has made nothing of them.
+      starts: of a sweep without outputs, int32 [B H, segments]: the chunk of each segment, counted
+        as they are processed, at which it begins; no later than the last that fill its ring.
       segments: equal pieces the rows are cut into, each a block of its own.
       splits: blocks that share the columns of an output.
       final: also return end states Z: [B H, D, D] or, without outputs, [B H, segments, D, D] that
